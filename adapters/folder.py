@@ -1,0 +1,80 @@
+"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
+
+import math
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from corolla.adapters.lora import PREFIX
+from corolla.adapters.spec import refuse_unsupported
+from corolla.aggregation import AdapterState, LowRankDelta, add, ranks, zeros
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def write_peft_folder(adapter: AdapterState, folder: Path, base_name: str, fan_in_fan_out: bool = False) -> Path:
+    """Writes `adapter` so that `PeftModel.from_pretrained(base, folder)` computes base + B @ A, and returns the folder.
+
+    alpha = r, so the scaling is 1 and no reader can get it wrong; modules of smaller rank are padded with zeros to
+    the largest, so no rank pattern is needed. Raises ValueError for an adapter without any component.
+    """
+    widest = max(ranks(adapter).values(), default=0)
+    if widest == 0:
+        raise ValueError("an adapter folder needs at least one component, got an adapter that changes nothing")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, delta in adapter.items():
+        padded = add([delta, zeros(*delta.shape, widest - delta.rank)])
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.A.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.B.contiguous()
+    config = LoraConfig(
+        r=widest,
+        lora_alpha=widest,
+        target_modules=sorted(adapter),
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base_name,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
+    """The adapter in a PEFT folder with each module's scaling folded into B; every tensor is used or refused.
+
+    Raises ValueError for anything but plain LoRA on linear modules, and FileNotFoundError, naming it, for a folder
+    without an adapter.
+    """
+    for name in ("adapter_config.json", WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"a PEFT adapter folder holds {name}, got {folder} without it")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"only plain LoRA can be federated, got peft_type = {config.peft_type} in {folder}")
+    refuse_unsupported(config)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    adapter = {}
+    for key in sorted(tensors):
+        if not key.endswith(".lora_A.weight"):
+            continue
+        a = tensors.pop(key)
+        b = tensors.pop(key.replace(".lora_A.", ".lora_B."), None)
+        if b is None:
+            raise ValueError(f"every A needs its B, got {key} alone in {folder}")
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        scaling = _scaling(config, module, a.shape[0])
+        adapter[module] = LowRankDelta(a.float(), (b.double() * scaling).float())
+    if tensors:
+        raise ValueError(f"only LoRA factors of linear modules can be read, got {sorted(tensors)[0]} in {folder}")
+    return adapter
+
+
+def _scaling(config: LoraConfig, module: str, rank: int) -> float:
+    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

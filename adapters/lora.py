@@ -1,0 +1,185 @@
+"""LoRA factors in and out of a live model. The only place where the scaling enters and leaves B."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from corolla.adapters.spec import AdapterSpec, refuse_unsupported
+from corolla.aggregation import AdapterState, LowRankDelta, Shapes, distance, ranks
+
+LOCAL, MERGED = "local", "merged"
+"""The names of the trainable adapter and of the frozen one beside it."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's own name."""
+
+
+def _layers(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """Module name -> LoRA layer that holds the adapter `name`."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and name in module.r:
+            if name not in module.lora_A:
+                raise ValueError(
+                    f"only linear modules can be federated, got {type(module.get_base_layer()).__name__} at "
+                    f"{path.removeprefix(PREFIX)}: leave it out of target_modules"
+                )
+            found[path.removeprefix(PREFIX)] = module
+    return found
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _require_known(model: PeftModel, name: str) -> None:
+    """Raises ValueError for an adapter that does not exist or is not plain LoRA."""
+    if name not in model.peft_config:
+        raise ValueError(f"adapter must be one of {sorted(model.peft_config)}, got {name!r}")
+    refuse_unsupported(model.peft_config[name])
+
+
+def read_adapter(model: PeftModel, name: str = LOCAL) -> dict[str, LowRankDelta]:
+    """The adapter `name` as module -> LowRankDelta with s folded into B: ΔW = B @ A exactly as the forward pass has it.
+
+    Float32 copies on the CPU; rank patterns, alpha patterns and rsLoRA are PEFT's own scaling of each layer. Works
+    for linear layers, transformers' Conv1D and quantised linears. Raises ValueError, naming it, for whatever is not
+    plain additive LoRA.
+    """
+    _require_known(model, name)
+    state = {}
+    for module, layer in _layers(model, name).items():
+        a, b = (factor.detach().to("cpu", torch.float32) for factor in _factors(layer, name))
+        if a.ndim != 2:
+            raise ValueError(f"only linear modules can be federated, got a convolution at {module}")
+        state[module] = LowRankDelta(a.clone(), (b.double() * layer.scaling[name]).float())
+    return state
+
+
+@torch.no_grad()
+def write_adapter(model: PeftModel, adapter: AdapterState, name: str = LOCAL) -> None:
+    """Sets the factors of adapter `name` in place, s taken out of B, and reads them back.
+
+    Exactly the modules and shapes that the model has must come: raises ValueError with the missing, the unknown and
+    the misfits by name, before anything is written; and RuntimeError if what is read back differs.
+    """
+    _require_known(model, name)
+    layers = _layers(model, name)
+    _require_fit(layers, adapter, name)
+    for module, layer in layers.items():
+        a, b = _factors(layer, name)
+        a.copy_(adapter[module].A)
+        b.copy_(adapter[module].B.double() / layer.scaling[name])
+    _require_same(adapter, read_adapter(model, name), {a.dtype for a, _ in (_factors(x, name) for x in layers.values())})
+
+
+def _require_fit(layers: dict[str, LoraLayer], adapter: AdapterState, name: str) -> None:
+    if missing := sorted(layers.keys() - adapter.keys()):
+        raise ValueError(f"adapter {name!r} needs every module of the model, got none for {_some(missing)}")
+    if unknown := sorted(adapter.keys() - layers.keys()):
+        raise ValueError(f"adapter {name!r} must fit the model's modules, got unknown ones: {_some(unknown)}")
+    for module, layer in layers.items():
+        a, b = _factors(layer, name)
+        wanted, got = (tuple(a.shape), tuple(b.shape)), (tuple(adapter[module].A.shape), tuple(adapter[module].B.shape))
+        if wanted != got:
+            raise ValueError(f"{module} of adapter {name!r} needs A and B of shapes {wanted}, got {got}")
+
+
+def _require_same(sent: AdapterState, loaded: AdapterState, dtypes: Collection[torch.dtype]) -> None:
+    tolerance = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * 4
+    for module, delta in sent.items():
+        error = distance({module: loaded[module]}, {module: delta})
+        if not error <= tolerance * float(delta.A.double().norm() * delta.B.double().norm()):
+            raise RuntimeError(f"{module} was loaded with an error of {error:.2e}: the model does not hold what was sent")
+
+
+def _some(names: Collection[str], most: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def target_shapes(base: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of what `spec` adapts in `base`, by PEFT's own rules. The base is left as it was.
+
+    Raises ValueError where nothing matches (PEFT's message names the targets) or something is no linear module.
+    """
+    with attached(base, spec) as model:
+        return {m: (b.shape[0], a.shape[1]) for m, x in _layers(model, LOCAL).items() for a, b in [_factors(x, LOCAL)]}
+
+
+@contextmanager
+def attached(
+    base: nn.Module,
+    spec: AdapterSpec | None,
+    start: AdapterState | None = None,
+    frozen: AdapterState | None = None,
+    trains: Collection[str] = ("A", "B"),
+) -> Iterator[PeftModel]:
+    """`base` with the trainable adapter `local` at `start` and, beside it, the frozen `merged`; both act.
+
+    Works in place and puts the base back as it was at the end, whatever happens in between; the base weights are
+    never touched. `trains` says which factors of `local` take gradients. `spec` None attaches the frozen part
+    alone. Raises what `write_adapter` raises.
+    """
+    configs = _configs(spec, frozen)
+    model: Any = None
+    try:
+        for name, config in configs.items():
+            if model is None:
+                model = get_peft_model(base, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+        if model is None:
+            raise ValueError("attached needs a spec or a frozen adapter, got neither")
+        if start is not None:
+            write_adapter(model, start, LOCAL)
+        if MERGED in configs:
+            write_adapter(model, frozen or {}, MERGED)
+        model.base_model.set_adapter(list(configs))
+        _set_requires_grad(model, trains)
+        yield model
+    finally:
+        if model is not None:
+            model.unload()
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):  # PEFT leaves them and warns the next time
+            base.__dict__.pop(attribute, None)
+
+
+def _configs(spec: AdapterSpec | None, frozen: AdapterState | None) -> dict[str, LoraConfig]:
+    configs = {} if spec is None else {LOCAL: spec.to_peft()}
+    return configs | ({MERGED: frozen_config(frozen)} if frozen else {})
+
+
+def frozen_config(adapter: AdapterState) -> LoraConfig:
+    """A PEFT configuration with scaling 1 for exactly these modules, each with its own rank."""
+    pattern = {module.replace(".", r"\."): rank for module, rank in ranks(adapter).items()}
+    widest = max(pattern.values())
+    return LoraConfig(
+        r=widest,
+        lora_alpha=widest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(adapter),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _set_requires_grad(model: PeftModel, trains: Collection[str]) -> None:
+    """Gradients for the chosen factors of `local` alone; PEFT turns them on for every active adapter."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if LOCAL in model.peft_config:
+        for layer in _layers(model, LOCAL).values():
+            for factor, parameter in zip("AB", _factors(layer, LOCAL), strict=True):
+                parameter.requires_grad_(factor in trains)
+
+
+def shapes_of(adapter: AdapterState) -> Shapes:
+    """Module name -> (out, in) of an adapter."""
+    return {module: delta.shape for module, delta in adapter.items()}

@@ -1,0 +1,147 @@
+"""The algebra of low-rank deltas, without ever forming an (out, in) matrix.
+
+Sums are concatenations; norms and the best approximation come from two QR factorisations and the singular values of
+a small core. QR, SVD and norms run in float64 and are cast to float32 once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corolla.aggregation.state import AdapterState, LowRankDelta
+
+ZERO = 1e-7
+"""A singular value below ZERO · σ_1 is float32 rounding, not signal, and is dropped."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on one module's rank: at most `max_rank` components (None: no limit), and no more than needed for a
+    relative Frobenius error of `max_error`. The default is lossless."""
+
+    max_rank: int | None = None
+    max_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, got {self.max_rank}; leave it out for no limit")
+        if not 0 <= self.max_error < 1:
+            raise ValueError(f"max_error must be in [0, 1), got {self.max_error}: it is a relative Frobenius error")
+
+
+def zeros(out_features: int, in_features: int, rank: int = 0) -> LowRankDelta:
+    """The delta that changes nothing: B (out, rank) and A (rank, in) of zeros."""
+    return LowRankDelta(torch.zeros(rank, in_features), torch.zeros(out_features, rank))
+
+
+def scale(delta: LowRankDelta, factor: float) -> LowRankDelta:
+    """factor · ΔW, on B alone (on both factors it would be squared), in the dtype of `delta`."""
+    return LowRankDelta(delta.A, (delta.B.double() * factor).to(delta.B.dtype))
+
+
+def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
+    """Σ ΔW_i by concatenation, rank Σ r_i, in the given order; no rounding at all.
+
+    Raises ValueError for no delta, or for deltas of different (out, in).
+    """
+    if not deltas:
+        raise ValueError("add needs at least one delta, got none")
+    shapes = {delta.shape for delta in deltas}
+    if len(shapes) > 1:
+        raise ValueError(f"deltas of one module must share (out, in), got {sorted(shapes)}")
+    return LowRankDelta(torch.cat([d.A for d in deltas]), torch.cat([d.B for d in deltas], dim=1))
+
+
+def add_adapters(*adapters: AdapterState) -> dict[str, LowRankDelta]:
+    """The module-wise sum; a module that only some hold is summed over those. Names come back sorted."""
+    modules = sorted({module for adapter in adapters for module in adapter})
+    return {module: add([a[module] for a in adapters if module in a]) for module in modules}
+
+
+def scale_adapter(adapter: AdapterState, factor: float) -> dict[str, LowRankDelta]:
+    """factor · ΔW for every module."""
+    return {module: scale(delta, factor) for module, delta in adapter.items()}
+
+
+def _core(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_B (out, q), C (q, p), Q_A (in, p) in float64 with ΔW = Q_B C Q_Aᵀ and orthonormal Q; q, p <= rank."""
+    q_b, r_b = torch.linalg.qr(delta.B.double())
+    q_a, r_a = torch.linalg.qr(delta.A.double().T)
+    return q_b, r_b @ r_a.T, q_a
+
+
+def singular_values(delta: LowRankDelta) -> Tensor:
+    """The singular values of B @ A in float64, largest first: min(rank, out, in) of them."""
+    if delta.rank == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.linalg.svdvals(_core(delta)[1])
+
+
+def norm(delta: LowRankDelta) -> float:
+    """‖B A‖_F by QR in float64: right down to rounding, where a Gram matrix loses half the digits."""
+    return float(torch.linalg.norm(_core(delta)[1])) if delta.rank else 0.0
+
+
+def adapter_norm(adapter: AdapterState) -> float:
+    """The Frobenius norm over all modules together."""
+    return sum(norm(delta) ** 2 for delta in adapter.values()) ** 0.5
+
+
+def double(adapter: AdapterState) -> dict[str, LowRankDelta]:
+    """The same adapter in float64."""
+    return {module: delta.double() for module, delta in adapter.items()}
+
+
+def distance(one: AdapterState, other: AdapterState) -> float:
+    """‖one − other‖_F over all modules, in float64; a module that one of them lacks counts as zero there."""
+    return adapter_norm(add_adapters(double(one), scale_adapter(double(other), -1.0)))
+
+
+def kept(sigma: Tensor, budget: Budget, floor: float = 0.0) -> int:
+    """How many of the singular values (largest first) a budget keeps. Those up to ZERO · σ_1 or `floor` never stay."""
+    if sigma.numel() == 0:
+        return 0
+    rank = int((sigma > max(ZERO * float(sigma[0]), floor)).sum())
+    if budget.max_error:
+        tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
+        rank = min(rank, int((tails > budget.max_error * tails[0]).sum()))
+    return rank if budget.max_rank is None else min(rank, budget.max_rank)
+
+
+def compress(delta: LowRankDelta, budget: Budget = Budget()) -> tuple[LowRankDelta, float]:  # noqa: B008  (frozen)
+    """The best approximation of ΔW within `budget` in float32, largest components first, and its error ‖ΔW − ·‖_F.
+
+    Eckart–Young on the core of two QR factorisations: O((out + in) R² + R³), no (out, in) matrix. The singular
+    values go to B; A has orthonormal rows, so that a learning rate keeps its meaning. Signs are fixed (the entry of
+    largest size in each row of A is positive), so that the result does not depend on the LAPACK build's choice.
+    """
+    if delta.rank == 0:
+        return delta.single(), 0.0
+    q_b, core, q_a = _core(delta)
+    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    rounding = 1e-13 * float(delta.B.double().norm() * delta.A.double().norm())  # all that is left of a full cancellation
+    rank = kept(sigma, budget, rounding)
+    a = vh[:rank] @ q_a.T
+    b = (q_b @ u[:, :rank]) * sigma[:rank]
+    if rank:
+        signs = torch.gather(a, 1, a.abs().argmax(1, keepdim=True)).sign()
+        a, b = a * signs, b * signs.T
+    return LowRankDelta(a, b).single(), float(sigma[rank:].square().sum().sqrt())
+
+
+def compress_adapter(adapter: AdapterState, budget: Budget) -> tuple[dict[str, LowRankDelta], float]:
+    """Every module within `budget`; a module left with rank 0 is kept as such. Also ‖error‖_F over all modules."""
+    results = {module: compress(delta, budget) for module, delta in adapter.items()}
+    return {m: delta for m, (delta, _) in results.items()}, sum(err**2 for _, err in results.values()) ** 0.5
+
+
+def without_empty(adapter: AdapterState) -> dict[str, LowRankDelta]:
+    """The modules of rank above 0."""
+    return {module: delta for module, delta in adapter.items() if delta.rank}
+
+
+def ranks(adapter: AdapterState) -> Mapping[str, int]:
+    """Module name -> rank."""
+    return {module: delta.rank for module, delta in adapter.items()}

@@ -1,0 +1,29 @@
+"""What a method is: a value with three parts, and whether it can mix ranks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, Shapes
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to aggregate.
+
+    `initial(shapes, max_rank, seed)` is the model before round 1; `constrain(round)` says what clients may train;
+    `aggregate(updates, weights, model)` is one round's outcome, a pure function of its arguments. Where
+    `mixed_ranks` is false, all clients must have one rank and one set of modules.
+    """
+
+    name: str
+    initial: Callable[[Shapes, int, int], GlobalModel]
+    constrain: Callable[[int], ClientRule]
+    aggregate: Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], GlobalUpdate]
+    mixed_ranks: bool = True
+
+    def require(self, ranks: Mapping[str, int]) -> None:
+        """Raises ValueError where these clients (id -> rank) cannot take part together."""
+        if not self.mixed_ranks and len(set(ranks.values())) > 1:
+            raise ValueError(
+                f"{self.name} averages clients of one rank, got {dict(ranks)}; use flora or zero-padding for mixed ranks"
+            )

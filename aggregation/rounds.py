@@ -1,0 +1,76 @@
+"""From round to round: what a client receives, and how the global model goes on."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from corolla.aggregation.lowrank import (
+    Budget,
+    add_adapters,
+    adapter_norm,
+    compress_adapter,
+    ranks,
+    without_empty,
+)
+from corolla.aggregation.state import AdapterState, Certificate, ClientRule, GlobalModel, GlobalUpdate
+
+
+@dataclass(frozen=True)
+class ClientShare:
+    """What one client downloads: it computes base + frozen + L_k, where L_k begins with `start` (S_k).
+
+    `dropped` is ‖T_k‖_F, the part of the start that this client neither trains nor carries.
+    """
+
+    frozen: AdapterState
+    start: AdapterState
+    dropped: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(delta.nbytes for part in (self.frozen, self.start) for delta in part.values())
+
+
+def share(model: GlobalModel, rule: ClientRule, rank: int, modules: Collection[str]) -> ClientShare:
+    """The part of `model` for a client of `rank` that adapts `modules`.
+
+    S_k is the first `rank` components of the start, none for other modules; T_k is the rest. Where the method
+    carries, T_k is appended to the frozen part: base + G + T_k + S_k = base + G + S, whatever the rank.
+    """
+    held = {module: delta.first(rank) for module, delta in model.start.items() if module in modules}
+    remainder = without_empty(
+        {module: delta.after(rank) if module in modules else delta for module, delta in model.start.items()}
+    )
+    if rule.carries:
+        return ClientShare(without_empty(add_adapters(model.merged, remainder)), held, 0.0)
+    return ClientShare(without_empty(model.merged), held, adapter_norm(remainder))
+
+
+def cut(model: GlobalModel, budget: Budget) -> tuple[GlobalModel, float]:
+    """The model as clients download it, `merged` within `budget`, and the relative error of that cut."""
+    merged, error = compress_adapter(model.merged, budget)
+    size = adapter_norm(model.merged)
+    return replace(model, merged=merged), error / size if size else 0.0
+
+
+def advance(
+    model: GlobalModel, update: GlobalUpdate, budget: Budget = Budget()  # noqa: B008  (frozen)
+) -> tuple[GlobalModel, Certificate]:
+    """The model after the round: merged + merge, re-factored; the start replaced, never added.
+
+    Re-factoring drops what is numerically zero, so the rank stays at most min(out, in). A `budget` that cuts more
+    than that makes the round not exact, and the returned certificate says so.
+    """
+    merged, lost = compress_adapter(add_adapters(model.merged, update.merge), budget)
+    after = replace(model, merged=merged, start=update.start, round=model.round + 1)
+    proof = replace(update.certificate, rank=max(ranks(after.merged).values(), default=0))
+    limited = budget.max_rank is not None or budget.max_error > 0
+    if limited and lost > 1e-6 * adapter_norm(merged):
+        reason = f"merged was cut to rank {budget.max_rank}, error {budget.max_error}: ‖lost‖ = {lost:.2e}"
+        proof = replace(proof, exact=False, error=proof.error + lost, reason=reason)
+    return after, proof
+
+
+def whole(model: GlobalModel) -> AdapterState:
+    """merged + start as one adapter: everything that the global model adds to the base."""
+    return without_empty(add_adapters(model.merged, model.start))

@@ -1,0 +1,33 @@
+"""Warm stacking: exact like FLoRA, and clients go on from the strongest directions instead of from B = 0."""
+
+from collections.abc import Mapping, Sequence
+
+from corolla.aggregation.exact import certify, exact_mean, outcome_of
+from corolla.aggregation.lowrank import add, compress, without_empty, zeros
+from corolla.aggregation.method import Method
+from corolla.aggregation.start import shared_start
+from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, LowRankDelta
+
+
+def split(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, LowRankDelta]:
+    """ΔW as (its top `rank` components, the rest); the first is padded with zero components up to `rank`."""
+    ordered, _ = compress(delta)
+    top = ordered.first(rank)
+    return add([top, zeros(*delta.shape, rank - top.rank)]), ordered.after(rank)
+
+
+def _aggregate(
+    updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel
+) -> GlobalUpdate:
+    mean = exact_mean(updates, weights, model.start)
+    parts = {module: split(delta, model.start[module].rank) for module, delta in mean.items()}
+    start = {module: top for module, (top, _) in parts.items()}
+    merge = without_empty({module: rest for module, (_, rest) in parts.items()})
+    proof = certify(outcome_of(merge, start), updates, weights, model.start, claim="the mean, split by its SVD")
+    return GlobalUpdate(merge, start, proof)
+
+
+def warm() -> Method:
+    """Of the exact mean M, the top r (the largest rank of the population) becomes the next start and the rest is
+    merged, as FedMomentum does (2026; known from its abstract). Clients carry what their rank cannot hold. Exact."""
+    return Method("warm", shared_start, lambda round: ClientRule(carries=True), _aggregate)

@@ -1,0 +1,71 @@
+"""The algebra against dense linear algebra."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corolla.aggregation import Budget, LowRankDelta, add, compress, norm, scale, singular_values, zeros
+from tests.aggregation.federations import random_delta
+
+sizes = st.integers(1, 30)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, sizes, st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**20))
+def test_compress_is_the_best_approximation_and_knows_its_error(out, inn, rank, keep, seed):
+    delta = random_delta(out, inn, rank, seed)
+    dense = delta.B.double() @ delta.A.double()
+    small, error = compress(delta, Budget(max_rank=keep))
+    sigma = torch.linalg.svdvals(dense)
+    size = dense.norm().item()
+    assert small.rank == min(keep, out, inn, rank)
+    assert error == pytest.approx(sigma[small.rank :].norm().item(), abs=2e-6 * size)
+    assert (small.B.double() @ small.A.double() - dense).norm().item() == pytest.approx(error, abs=2e-6 * size)
+    assert torch.allclose(small.A @ small.A.T, torch.eye(small.rank), atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, sizes, st.integers(1, 20), st.floats(1e-3, 0.9), st.integers(0, 2**20))
+def test_an_error_budget_is_kept_and_not_wasted(out, inn, rank, limit, seed):
+    delta = random_delta(out, inn, rank, seed)
+    small, error = compress(delta, Budget(max_error=limit))
+    size = norm(delta)
+    assert error <= limit * size
+    if small.rank:
+        assert compress(delta, Budget(max_rank=max(small.rank - 1, 1)))[1] > limit * size or small.rank == 1
+
+
+def test_components_that_are_rounding_are_dropped():
+    twice = random_delta(12, 10, 3, seed=1)
+    cancelled = add([twice, scale(twice, -1.0), random_delta(12, 10, 2, seed=2)])
+    assert compress(cancelled)[0].rank == 2
+    assert compress(add([twice, scale(twice, -1.0)]))[0].rank == 0
+
+
+def test_norm_and_spectrum_equal_the_dense_ones():
+    delta = random_delta(9, 14, 20, seed=3)
+    dense = delta.B.double() @ delta.A.double()
+    assert norm(delta) == pytest.approx(dense.norm().item(), rel=1e-12)
+    assert torch.allclose(singular_values(delta), torch.linalg.svdvals(dense), rtol=1e-10)
+    assert norm(zeros(3, 4)) == 0.0
+
+
+def test_add_refuses_different_modules():
+    with pytest.raises(ValueError, match="share"):
+        add([zeros(3, 4), zeros(4, 3)])
+    with pytest.raises(ValueError, match="at least one"):
+        add([])
+
+
+def test_a_budget_refuses_nonsense():
+    with pytest.raises(ValueError, match="max_rank must be at least 1, got 0"):
+        Budget(max_rank=0)
+    with pytest.raises(ValueError, match="max_error"):
+        Budget(max_error=1.5)
+
+
+def test_signs_do_not_depend_on_the_factors_given():
+    delta = random_delta(8, 6, 3, seed=5)
+    mixed = LowRankDelta(-delta.A, -delta.B)
+    assert torch.allclose(compress(delta)[0].A, compress(mixed)[0].A, atol=1e-5)
