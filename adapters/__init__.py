@@ -3,7 +3,7 @@
 from corolla.adapters.base import DEMO, Base, Source, base_hash, find_base, open_base
 from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import read_peft_folder, write_peft_folder
-from corolla.adapters.lora import LOCAL, MERGED, attached, read_adapter, target_shapes, write_adapter
+from corolla.adapters.lora import LOCAL, MERGED, attached, carrying, read_adapter, target_shapes, write_adapter
 from corolla.adapters.spec import AdapterSpec
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Source",
     "attached",
     "base_hash",
+    "carrying",
     "export_adapter",
     "export_merged",
     "find_base",

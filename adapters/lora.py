@@ -150,6 +150,16 @@ def attached(
             base.__dict__.pop(attribute, None)
 
 
+@contextmanager
+def carrying(base: nn.Module, frozen: AdapterState) -> Iterator[nn.Module]:
+    """`base` with `frozen` acting beside it, or the base itself where there is nothing to carry."""
+    if not frozen:
+        yield base
+        return
+    with attached(base, None, frozen=frozen) as model:
+        yield model
+
+
 def _configs(spec: AdapterSpec | None, frozen: AdapterState | None) -> dict[str, LoraConfig]:
     configs = {} if spec is None else {LOCAL: spec.to_peft()}
     return configs | ({MERGED: frozen_config(frozen)} if frozen else {})

@@ -1,6 +1,6 @@
 """What a method is: a value with three parts, and whether it can mix ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, Shapes
@@ -21,9 +21,16 @@ class Method:
     aggregate: Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], GlobalUpdate]
     mixed_ranks: bool = True
 
-    def require(self, ranks: Mapping[str, int]) -> None:
-        """Raises ValueError where these clients (id -> rank) cannot take part together."""
-        if not self.mixed_ranks and len(set(ranks.values())) > 1:
+    def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
+        """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""
+        if self.mixed_ranks:
+            return
+        if len(set(ranks.values())) > 1:
             raise ValueError(
-                f"{self.name} averages clients of one rank, got {dict(ranks)}; use flora or zero-padding for mixed ranks"
+                f"{self.name} averages clients of one rank, got {dict(ranks)}: use flora or zero-padding for mixed ranks"
+            )
+        if len({frozenset(names) for names in modules.values()}) > 1:
+            raise ValueError(
+                f"{self.name} averages clients with the same modules, got {({c: len(m) for c, m in modules.items()})} "
+                "modules: use flora or zero-padding"
             )

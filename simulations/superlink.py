@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +83,10 @@ def run_on_superlink(
     each line of the ServerApp and the clients as it comes, in the caller's thread, without colours; what it raises
     stops the run.
 
-    Raises EngineError when the run ends as anything but completed, or as soon as Ray loses an actor (Flower never
-    replaces it, fails each message given to it, and still calls the run completed); ValueError for a value in
-    `run_config` that is not a scalar. One failure cannot be seen from here: Flower calls a ServerApp that raises
-    SystemExit completed.
+    Raises EngineError when the run ends as anything but completed, or when its log tells of a lost Ray actor (Flower
+    never replaces it, fails each message given to it, and still calls the run completed; the log is a second or two
+    late, so the ServerApp may have gone on with error replies); ValueError for a value in `run_config` that is not a
+    scalar. One failure cannot be seen from here: Flower calls a ServerApp that raises SystemExit completed.
     """
     _check_machine()
     tail: deque[str] = deque(maxlen=60)
@@ -104,6 +104,7 @@ def run_on_superlink(
             finally:
                 owner.terminate()
                 owner.wait()
+                _kill_all(lambda: _marked(name))  # none, unless the owner was killed itself
     if outcome["status"] != "finished:completed":
         raise EngineError(_explain(outcome["status"], outcome["details"], tail or outcome["superlink"].splitlines()))
 
@@ -218,7 +219,7 @@ def _own(parent: int, folder: Path, port: int, sizing: str) -> None:
             finished = True
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _kill_descendants()
+        _kill_all(_owned)
         if not finished or os.getppid() != parent:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,7 +242,7 @@ def _drive(folder: Path, port: int, sizing: str) -> dict[str, str]:
             run = _ask("list", "corolla", "--run-id", run_id)["runs"][0]
             if run["status"].startswith("finished"):
                 return {"status": run["status"], "details": run["status-details"]}
-            time.sleep(1)
+            time.sleep(5)  # only if the stream broke off before the run ended
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return {"status": "failed", "details": str(error)}
     return {"status": "failed", "details": f"the SuperLink ended with code {superlink.returncode}"}
@@ -277,33 +278,52 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
-def _kill_descendants() -> None:
-    """Nothing, once no process descends from this one, or after 30 s (one stuck in the kernel cannot be killed)."""
-    deadline = time.monotonic() + _KILL_SECONDS
-    while (pids := _descendants()) and time.monotonic() < deadline:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.05)
+def _owned() -> list[int]:
+    """The processes below this one, after reaping those that have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return _below([os.getpid()])
 
 
-def _descendants() -> list[int]:
-    """The processes below this one, dead but unreaped ones too, from /proc."""
+# Both programs use the rest.
+
+
+def _marked(folder: str) -> list[int]:
+    """The processes that live with Flower's home in `folder`, and those below them (some of Ray's wipe their marks)."""
+    mark = f"FLWR_HOME={folder}".encode()
+    marked = [pid for pid, environment in _read_processes("environ") if mark in environment.split(b"\0")]
+    return marked + _below(marked)
+
+
+def _below(roots: list[int]) -> list[int]:
+    """The processes that descend from `roots`."""
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()  # a name may hold spaces
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, level = [], [os.getpid()]
+    for pid, stat in _read_processes("stat"):
+        parent = int(stat.rpartition(b")")[2].split()[1])  # what stands before is a name, which may hold spaces
+        children.setdefault(parent, []).append(pid)
+    found, level = [], roots
     while level:
         level = [child for pid in level for child in children.get(pid, [])]
         found += level
     return found
+
+
+def _read_processes(name: str) -> Iterator[tuple[int, bytes]]:
+    """Each process that this one may read, with what /proc/PID/`name` holds."""
+    for path in Path("/proc").glob(f"[0-9]*/{name}"):
+        with suppress(OSError):
+            yield int(path.parent.name), path.read_bytes()
+
+
+def _kill_all(find: Callable[[], list[int]]) -> None:
+    """Nothing, once `find` finds no process, or after 30 s (one stuck in the kernel cannot be killed)."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while (pids := find()) and time.monotonic() < deadline:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

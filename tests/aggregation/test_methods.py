@@ -182,7 +182,10 @@ def test_fedit_names_the_client_of_another_rank():
     with pytest.raises(ValueError, match=r"rank 1 from a and 2 from b for q; use flora"):
         build_method("fedit").aggregate(updates, {"a": 0.5, "b": 0.5}, model)
     with pytest.raises(ValueError, match="fedit averages clients of one rank"):
-        build_method("fedit").require({"a": 4, "b": 8})
+        build_method("fedit").require({"a": 4, "b": 8}, {"a": ["q"], "b": ["q"]})
+    with pytest.raises(ValueError, match="same modules"):
+        build_method("fedit").require({"a": 4, "b": 4}, {"a": ["q"], "b": ["q", "v"]})
+    build_method("flora").require({"a": 4, "b": 8}, {"a": ["q"], "b": ["v"]})
 
 
 def test_fedit_noise_is_the_cross_covariance_of_the_factors():

@@ -1,0 +1,57 @@
+"""The ClientApp: Flower's messages to and from `corolla.client.local`. A thin shell."""
+
+import os
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from corolla.client.config import ClientSettings
+from corolla.client.local import Client, open_client
+from corolla.client.protocol import Task
+
+app = ClientApp()
+
+
+def use_threads(threads: int) -> int:
+    """Sets torch's CPU threads (0: every core this process may use) and returns the number.
+
+    Every engine sets its own otherwise, and results are bit-equal only with equal numbers.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _open(settings: str, context: Context) -> Client:
+    parsed = ClientSettings.model_validate_json(settings)
+    use_threads(parsed.threads)
+    return open_client(parsed, context.node_config)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Says who this node is."""
+    settings = str(message.content.config_records["settings"]["json"])
+    return Message(_open(settings, context).hello().pack(), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Trains its share and replies the adapter."""
+    task = Task.unpack(message.content)
+    return Message(_open(task.order.settings, context).train(task).pack(), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the global model and replies numbers."""
+    task = Task.unpack(message.content)
+    client = _open(task.order.settings, context)
+    content = RecordDict(
+        {
+            "receipt": ConfigRecord({"client_id": client.client_id, "model": task.order.model}),
+            "metrics": MetricRecord(client.evaluate(task)),
+        }
+    )
+    return Message(content, reply_to=message)

@@ -1,0 +1,186 @@
+"""The settings that a client obeys: model, data, adapter, train. Read once, frozen, unknown keys refused."""
+
+import json
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from corolla.adapters import DEMO, AdapterSpec
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+TASKS = "tasks"
+"""The data source that needs no file: instruction tasks generated from a seed (`corolla.client.tasks`)."""
+
+
+def _parse_targets(value: Any) -> Any:
+    """A JSON list in a string is a list: Flower's run config holds scalars only."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json.loads(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(_parse_targets)]
+
+
+class Section(BaseModel):
+    """One table of the configuration: frozen, no unknown keys; an empty string means "not set" where that may be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if field.default is None}
+        return {k: None if v == "" and k in optional else v for k, v in values.items()}
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = Field(DEMO, description="hub id, local folder, .gguf file, or the demo's alias")
+    dtype: DType = Field("float32", description="precision that the base is opened in; recorded, not part of its hash")
+    device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    hash: str | None = Field(None, description="the base's SHA-256 that every client must have; taken from the base if unset")
+
+
+class DataConfig(Section):
+    """Where a client's examples come from."""
+
+    train: str = Field(TASKS, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated")
+    held_out: str | None = Field(None, description="a JSONL file of held-out examples; unset: a part of the training rows")
+    held_out_fraction: float = Field(0.1, ge=0, lt=1, description="that part, where held_out is unset")
+    prompt: str = Field("prompt", description="column with the prompt")
+    completion: str = Field("completion", description="column with the answer")
+    group: str = Field("family", description="column by which results are told apart, where the rows have it")
+    partition: Literal["iid", "column"] = Field("column", description="how one file is split: at random, or by a column")
+    partition_column: str = Field("family", description="the column: each client gets whole values of it")
+    template: Literal["auto", "chat", "plain"] = Field("auto", description="chat: the tokenizer's; plain: prompt, newline")
+    system: str | None = Field(None, description="system message before every prompt; unset: what the template does")
+    max_new_tokens: int = Field(32, ge=1, description="longest answer in evaluation, in tokens")
+    tasks_train: int = Field(64, ge=1, description="generated training examples per family")
+    tasks_held_out: int = Field(10, ge=1, description="generated held-out examples per family")
+    tasks_seed: int = Field(0, description="seed of the generated tasks")
+
+
+class AdapterConfig(Section):
+    """The LoRA that clients attach; its rank is each client's own."""
+
+    target_modules: Targets = Field(("q_proj", "v_proj"), description="PEFT's rule: names, a regex, or 'all-linear'")
+    alpha: float | None = Field(None, gt=0, description="lora_alpha, the same for all ranks; unset: from scaling")
+    scaling: float = Field(2.0, gt=0, description="alpha / rank (or alpha / √rank with rslora), the same for all ranks")
+    rslora: bool = Field(False, description="divide alpha by √rank instead of rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout in training")
+    init: Literal["shared", "independent"] = Field("shared", description="whether clients share their fresh rows of A")
+    init_from: str | None = Field(None, description="a PEFT adapter folder: the starting point of the global model")
+
+    def spec(self, rank: int, targets: str | tuple[str, ...] | None = None) -> AdapterSpec:
+        """The LoRA of a client of `rank`, on its own target modules where it has them."""
+        alpha = self.alpha or self.scaling * (math.sqrt(rank) if self.rslora else rank)
+        return AdapterSpec(rank, alpha, targets or self.target_modules, self.rslora, self.dropout)
+
+
+class TrainConfig(Section):
+    """Local training, in the terms of transformers' Trainer."""
+
+    optimizer: str = Field("adamw_torch", description="an optimizer by transformers' name")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
+        "linear", description="learning-rate schedule over the whole run, not over a round"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="part of the whole run's steps that warms up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1, description="examples per micro-batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    local_steps: int | None = Field(None, ge=1, description="optimizer steps a round; set this or local_epochs")
+    local_epochs: float | None = Field(None, gt=0, description="passes over the client's data a round")
+    max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are left out and counted")
+    dtype: DType = Field("float32", description="autocast precision of training; adapters stay in float32")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError(
+                f"set one of train.local_steps and train.local_epochs, got {self.local_steps} and {self.local_epochs}"
+            )
+        return self
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of one round for a client with so many examples."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return max(1, math.ceil((self.local_epochs or 0) * examples / (self.batch_size * self.accumulation)))
+
+
+def _parse_ranks(value: Any) -> Any:
+    """"32" and "[32, 16]" in a string are numbers: Flower's run config holds scalars only."""
+    if isinstance(value, str) and value.strip().lstrip("[")[:1].isdigit() and ".." not in value:
+        value = json.loads(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parse_target_list(value: Any) -> Any:
+    """As `_parse_targets`, for a list with one entry per client."""
+    value = json.loads(value) if isinstance(value, str) and value else value
+    return tuple(_parse_targets(entry) for entry in value) if isinstance(value, list | tuple) else value
+
+
+NODE = "node"
+"""The rule for ranks that leaves them to the nodes."""
+
+
+class ClientsConfig(Section):
+    """The population: how many clients, and the rank of each."""
+
+    count: int = Field(4, ge=1, description="number of clients")
+    ranks: Annotated[int | tuple[int, ...] | str, BeforeValidator(_parse_ranks)] = Field(
+        (32, 16, 8, 4), description="one rank, a list (repeated), '32..4' (halving, repeated), or 'node': each declares its own"
+    )
+    target_modules: Annotated[tuple[Targets, ...] | None, BeforeValidator(_parse_target_list)] = Field(
+        None, description="target modules by client (repeated), where they differ from adapter.target_modules"
+    )
+
+    @model_validator(mode="after")
+    def _ranks_make_sense(self) -> Self:
+        if self.ranks != NODE and min(self._list(), default=0) < 1:
+            raise ValueError(f"clients.ranks must be at least 1, got {self.ranks!r}")
+        return self
+
+    def _list(self) -> tuple[int, ...]:
+        if isinstance(self.ranks, int):
+            return (self.ranks,)
+        if not isinstance(self.ranks, str):
+            return self.ranks
+        first, dots, last = self.ranks.partition("..")
+        if not (dots and first.isdigit() and last.isdigit() and int(first) >= int(last) > 0):
+            raise ValueError(f"clients.ranks must be a rank, a list, '32..4' or 'node', got {self.ranks!r}")
+        halved = [int(first)]
+        while halved[-1] // 2 >= int(last):
+            halved.append(halved[-1] // 2)
+        return tuple(halved)
+
+    def rank(self, partition: int) -> int | None:
+        """The rank of client number `partition`; None where the node declares it."""
+        ranks = () if self.ranks == NODE else self._list()
+        return ranks[partition % len(ranks)] if ranks else None
+
+    def targets(self, partition: int) -> str | tuple[str, ...] | None:
+        """The target modules of client number `partition`; None for those of all."""
+        return self.target_modules[partition % len(self.target_modules)] if self.target_modules else None
+
+
+class ClientSettings(Section):
+    """What the server tells every client: the sections that it obeys, and what seeds and spans the run."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig
+    train: TrainConfig
+    clients: ClientsConfig
+    rounds: int = Field(ge=1, description="rounds of the whole run, which the schedule spans")
+    seed: int = 0
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: every core this process may use")

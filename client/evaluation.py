@@ -1,0 +1,88 @@
+"""Held-out loss and exact match by greedy decoding: deterministic, and the same wherever it is called."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from corolla.adapters import Base
+from corolla.client.data import IGNORED, Example
+
+BATCH = 16
+"""Examples that are evaluated together."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on some examples, in their order: the answers it gave, and its loss per token of the true ones."""
+
+    examples: tuple[Example, ...]
+    answers: tuple[str, ...]
+    loss: float
+
+    def metrics(self) -> dict[str, float]:
+        """held_out_loss, exact_match (0..1), and per group `exact_match/<group>` with its `examples/<group>`."""
+        hits: dict[str, list[bool]] = {}
+        for example, answer in zip(self.examples, self.answers, strict=True):
+            hits.setdefault(example.group, []).append(answer.strip() == example.completion.strip())
+        every = [hit for group in hits.values() for hit in group]
+        metrics = {"held_out_loss": self.loss, "exact_match": sum(every) / len(every), "examples": float(len(every))}
+        for group in sorted(filter(None, hits)):
+            metrics[f"exact_match/{group}"] = sum(hits[group]) / len(hits[group])
+            metrics[f"examples/{group}"] = float(len(hits[group]))
+        return metrics
+
+
+def evaluate(model: Any, base: Base, examples: Sequence[Example], max_new_tokens: int) -> Evaluation:
+    """Loss and greedy answers of `model` on `examples`. Raises ValueError for no examples."""
+    if not examples:
+        raise ValueError("evaluation needs held-out examples, got none: set data.held_out or data.held_out_fraction")
+    model.eval()
+    answers = [""] * len(examples)
+    for positions in _batches(examples):
+        texts = _answer(model, base, [examples[i] for i in positions], max_new_tokens)
+        for position, text in zip(positions, texts, strict=True):
+            answers[position] = text
+    return Evaluation(tuple(examples), tuple(answers), mean_loss(model, base, examples))
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Positions in batches of similar length, the same batches for the same examples."""
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+    for first in range(0, len(order), BATCH):
+        yield order[first : first + BATCH]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, base: Base, examples: Sequence[Example]) -> float:
+    """Mean negative log-likelihood per answer token (the end token included), in nats."""
+    total, count = 0.0, 0
+    for positions in _batches(examples):
+        batch = [examples[i] for i in positions]
+        width = max(len(e.input_ids) for e in batch)
+        pad = base.tokenizer.pad_token_id
+        ids = torch.tensor([[*e.input_ids, *[pad] * (width - len(e.input_ids))] for e in batch], device=base.device)
+        labels = torch.tensor([[*e.labels, *[IGNORED] * (width - len(e.labels))] for e in batch], device=base.device)
+        mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in batch], device=base.device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        targets = labels[:, 1:]
+        total += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"))
+        count += int((targets != IGNORED).sum())
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def _answer(model: Any, base: Base, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+    prompts = [example.prompt_ids for example in examples]
+    width = max(map(len, prompts))
+    pad = base.tokenizer.pad_token_id
+    ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=base.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+    ends = {base.tokenizer.eos_token_id} | {example.input_ids[-1] for example in examples}
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(ends), use_cache=True
+    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    return base.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -1,0 +1,126 @@
+"""One client: what it answers to hello, train and evaluate. No Flower here, so a test or a notebook can call it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from corolla.adapters import AdapterSpec, Base, attached, carrying, open_base, read_adapter, target_shapes
+from corolla.aggregation import FreshRows, Shapes, fill_adapter
+from corolla.client.config import ClientSettings
+from corolla.client.data import ClientData, load_client_data, round_order
+from corolla.client.evaluation import evaluate, mean_loss
+from corolla.client.protocol import Hello, Reply, Task
+from corolla.client.seeding import seed_of
+from corolla.client.training import train_round
+
+PROBE = 8
+"""Held-out examples whose loss is taken before and after local training."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client with its base open and its data loaded."""
+
+    client_id: str
+    rank: int
+    targets: str | tuple[str, ...] | None
+    base: Base
+    data: ClientData
+    settings: ClientSettings
+
+    def spec(self, rank: int) -> AdapterSpec:
+        """The LoRA that it attaches at `rank`."""
+        return self.settings.adapter.spec(rank, self.targets)
+
+    def hello(self) -> Hello:
+        """Who it is."""
+        return Hello(self.client_id, self.rank, self.base.hash, len(self.data.train), self._shapes())
+
+    def _shapes(self) -> Shapes:
+        return _target_shapes(self.base, self.spec(1))
+
+    def train(self, task: Task) -> Reply:
+        """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
+
+        The base is put back as it was. Raises ValueError for an order meant for another base, or a start that does
+        not fit its modules; RuntimeError where the loss is not finite.
+        """
+        order, settings = task.order, self.settings
+        self._require_base(task)
+        fresh = FreshRows(order.seed, order.fresh_round, self.client_id if settings.adapter.init == "independent" else "")
+        start = fill_adapter(task.start, self._shapes(), order.rank, fresh)
+        examples = self._examples(order.round)
+        with attached(self.base.model, self.spec(order.rank), start, task.frozen, order.trains) as model:
+            metrics = {"too_long": float(self.data.too_long), "loss_before": self._probe_loss(model)}
+            seed = seed_of(order.seed, self.client_id, order.round)
+            metrics |= train_round(model, self.base, settings.train, examples, order.round, settings.rounds, seed)
+            metrics["loss_after"] = self._probe_loss(model)
+            adapter = read_adapter(model)
+        return Reply(
+            self.client_id, order.round, order.model, self.base.hash, len(self.data.train), len(examples), adapter, metrics
+        )
+
+    def evaluate(self, task: Task) -> dict[str, float]:
+        """The received model, all of it frozen, on this client's held-out examples: loss and exact match, in numbers."""
+        self._require_base(task)
+        with carrying(self.base.model, task.frozen) as model:
+            found = evaluate(model, self.base, self.data.held_out, self.settings.data.max_new_tokens)
+            return found.metrics() | {"probe_loss": self._probe_loss(model)}
+
+    def _probe_loss(self, model: Any) -> float:
+        return mean_loss(model.eval(), self.base, (self.data.held_out or self.data.train)[:PROBE])
+
+    def _examples(self, round_number: int) -> list[Any]:
+        """This round's examples: a pure function of seed, client and round, whoever took part before."""
+        train, size = self.settings.train, len(self.data.train)
+        count = train.steps(size) * train.batch_size * train.accumulation
+        order = round_order(size, (round_number - 1) * count, count, self.settings.seed, self.client_id)
+        return [self.data.train[i] for i in order]
+
+    def _require_base(self, task: Task) -> None:
+        if task.order.base_hash != self.base.hash:
+            raise ValueError(
+                f"the order is for the base {task.order.base_hash}, got {self.base.hash} from {self.base.source.name}: "
+                "use the same checkpoint as the server"
+            )
+
+
+@lru_cache(maxsize=16)
+def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
+    return target_shapes(base.model, spec)
+
+
+def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
+    """The client that a node is, from the server's settings and the node's own configuration.
+
+    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `data` and `held-out`;
+    `partition-id` says which part of the data it holds where several share one file. Raises ValueError where the
+    ranks are left to the nodes and this one gives none.
+    """
+    partition = int(node.get("partition-id", 0))
+    own = {"train": node.get("data"), "held_out": node.get("held-out")}
+    data = settings.data.model_copy(update={k: str(v) for k, v in own.items() if v})
+    model = settings.model.model_copy(update={k: str(node[k]) for k in ("device",) if k in node})
+    name = str(node.get("model", model.name))
+    client_id = str(node.get("name", f"client-{partition:03}"))
+    rank = node.get("rank", settings.clients.rank(partition))
+    if rank is None:
+        raise ValueError(f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}")
+    base = open_base(name, model.dtype, model.device)
+    targets = node.get("target-modules", settings.clients.targets(partition))
+    examples = _load_data(base, client_id, partition, settings.model_copy(update={"data": data}))
+    return Client(client_id, int(rank), targets, base, examples, settings.model_copy(update={"data": data}))
+
+
+@lru_cache(maxsize=256)
+def _load_data(base: Base, client_id: str, partition: int, settings: ClientSettings) -> ClientData:
+    return load_client_data(
+        settings.data,
+        base.tokenizer,
+        client_id,
+        partition,
+        settings.clients.count,
+        settings.seed,
+        settings.train.max_length,
+    )

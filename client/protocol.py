@@ -1,0 +1,204 @@
+"""What travels between server and client, as Flower records: packed here, unpacked here, checked on both sides.
+
+Three messages: `query.hello` asks a node who it is; `train` brings a share of the global model and asks for an
+adapter; `evaluate` brings the whole model and asks for metrics. Factors travel as raw float32 with a serialisation
+type of their own, so that a stock strategy raises instead of averaging what it does not understand.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from corolla.aggregation import AdapterState, ClientUpdate, GlobalModel, LowRankDelta, Shapes
+
+STYPE = "corolla.factor.v1"
+"""Raw little-endian float32, row-major."""
+
+HELLO = "query.hello"
+
+
+def pack_adapter(adapter: AdapterState) -> ArrayRecord:
+    """The factors by `<module>/A` and `<module>/B`."""
+    arrays = {}
+    for module, delta in adapter.items():
+        for name, factor in (("A", delta.A), ("B", delta.B)):
+            array = factor.detach().contiguous().numpy().astype("<f4", copy=False)
+            arrays[f"{module}/{name}"] = Array(
+                dtype="float32", shape=tuple(array.shape), stype=STYPE, data=array.tobytes()
+            )
+    return ArrayRecord(arrays)
+
+
+def unpack_adapter(record: ArrayRecord) -> dict[str, LowRankDelta]:
+    """The factors back, in the order of module names. Raises ValueError, naming the key, for anything out of shape."""
+    arrays = {key: _unpack_array(key, array) for key, array in record.items()}
+    modules = {key.rsplit("/", 1)[0] for key in arrays}
+    if odd := sorted(arrays.keys() - {f"{module}/{name}" for module in modules for name in "AB"}):
+        raise ValueError(f"factors are named <module>/A and <module>/B, got {odd[0]!r}")
+    adapter = {}
+    for module in sorted(modules):
+        if missing := [name for name in "AB" if f"{module}/{name}" not in arrays]:
+            raise ValueError(f"every module needs A and B, got no {missing[0]} for {module}")
+        try:
+            adapter[module] = LowRankDelta(arrays[f"{module}/A"], arrays[f"{module}/B"])
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+    return adapter
+
+
+def _unpack_array(key: str, array: Array) -> torch.Tensor:
+    if array.stype != STYPE or array.dtype != "float32":
+        raise ValueError(f"{key} must be float32 of type {STYPE}, got {array.dtype} of type {array.stype}")
+    expected = 4 * math.prod(array.shape)
+    if len(array.data) != expected:
+        raise ValueError(f"{key} of shape {tuple(array.shape)} must have {expected} bytes, got {len(array.data)}")
+    return torch.from_numpy(np.frombuffer(array.data, dtype="<f4").reshape(tuple(array.shape)).astype(np.float32))
+
+
+def adapter_bytes(record: ArrayRecord) -> int:
+    """The bytes of all factors in a record, as sent."""
+    return sum(len(array.data) for array in record.values())
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who a node is: its name, the rank it declares (0: the server's choice), its base, its data and its modules."""
+
+    client_id: str
+    rank: int
+    base_hash: str
+    num_examples: int
+    shapes: Shapes
+
+    def pack(self) -> RecordDict:
+        """As the content of a reply to `query.hello`."""
+        values = asdict(self) | {"shapes": json.dumps({m: list(s) for m, s in self.shapes.items()})}
+        return RecordDict({"hello": ConfigRecord(values)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> Self:
+        """Raises ValueError where the record is missing or incomplete."""
+        values = _record(content, "hello", cls)
+        shapes = {str(m): (int(out), int(inn)) for m, (out, inn) in json.loads(values["shapes"]).items()}
+        return cls(**(values | {"shapes": shapes}))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of one client in one round.
+
+    `fresh_round` seeds the fresh rows of A; `share` is the digest of what is sent, `model` that of the global model
+    it was cut from: both come back with the reply. `settings` is JSON that the application reads as it likes.
+    """
+
+    round: int
+    rank: int
+    trains: str
+    fresh_round: int
+    seed: int
+    model: str
+    share: str
+    base_hash: str
+    settings: str = "{}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """An order with the factors that came with it."""
+
+    order: Order
+    frozen: AdapterState
+    start: AdapterState
+
+    def pack(self) -> RecordDict:
+        """As the content of a `train` or `evaluate` message."""
+        return RecordDict(
+            {
+                "frozen": pack_adapter(self.frozen),
+                "start": pack_adapter(self.start),
+                "order": ConfigRecord(asdict(self.order)),
+            }
+        )
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> Self:
+        """Raises ValueError for factors that are not what the server says it sent."""
+        order = Order(**_record(content, "order", Order))
+        task = cls(order, *(unpack_adapter(_arrays(content, part)) for part in ("frozen", "start")))
+        if share_digest(task.frozen, task.start) != order.share:
+            raise ValueError(f"round {order.round}: the download must have the digest {order.share}, it was damaged")
+        return task
+
+
+def share_digest(frozen: AdapterState, start: AdapterState) -> str:
+    """The digest of what one client downloads."""
+    return GlobalModel(merged=frozen, start=start).digest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What comes back from `train`: the adapter, what it was trained from, and numbers. No example leaves the client."""
+
+    client_id: str
+    round: int
+    model: str
+    base_hash: str
+    num_examples: int
+    processed: int
+    adapter: AdapterState
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def pack(self) -> RecordDict:
+        """As the content of the reply."""
+        names = [f.name for f in fields(self) if f.name not in ("adapter", "metrics")]
+        return RecordDict(
+            {
+                "adapter": pack_adapter(self.adapter),
+                "receipt": ConfigRecord({name: getattr(self, name) for name in names}),
+                "metrics": MetricRecord({name: float(value) for name, value in self.metrics.items()}),
+            }
+        )
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> Self:
+        """Raises ValueError for a record that is missing or out of shape."""
+        adapter = unpack_adapter(_arrays(content, "adapter"))
+        return cls(**_record(content, "receipt", cls), adapter=adapter, metrics=unpack_metrics(content))
+
+    def update(self) -> ClientUpdate:
+        """The part that aggregation needs."""
+        return ClientUpdate(self.client_id, self.num_examples, self.adapter, self.metrics, self.processed)
+
+
+def unpack_metrics(content: RecordDict) -> dict[str, float]:
+    """The numbers of a reply, none if it has none."""
+    record = content.metric_records.get("metrics")
+    return {name: float(value) for name, value in record.items()} if record else {}  # type: ignore[arg-type]
+
+
+def _arrays(content: RecordDict, name: str) -> ArrayRecord:
+    if name not in content.array_records:
+        raise ValueError(f"the message must hold the arrays {name!r}, got {sorted(content.array_records)}")
+    return content.array_records[name]
+
+
+def _record(content: RecordDict, name: str, kind: type) -> dict[str, Any]:
+    """The scalar fields of `kind` from a config record: each there, each of its type."""
+    if name not in content.config_records:
+        raise ValueError(f"the message must hold the record {name!r}, got {sorted(content.config_records)}")
+    record = content.config_records[name]
+    values = {}
+    for f in fields(kind):
+        if f.name in ("adapter", "metrics"):
+            continue
+        wanted = f.type if f.type in (int, str, bool) else str
+        if f.name not in record or not isinstance(record[f.name], wanted):  # type: ignore[arg-type]
+            raise ValueError(f"{name}.{f.name} must be a {wanted.__name__}, got {record.get(f.name)!r}")  # type: ignore[union-attr]
+        values[f.name] = record[f.name]
+    return values

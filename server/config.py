@@ -1,0 +1,185 @@
+"""The whole configuration: one model, read from TOML, from `key=value`, and from Flower's run config."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+
+from corolla.aggregation import AGGREGATORS, WEIGHTS
+from corolla.client.config import (
+    AdapterConfig,
+    ClientsConfig,
+    ClientSettings,
+    DataConfig,
+    ModelConfig,
+    Section,
+    TrainConfig,
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each key, its value and the cure."""
+
+
+class AggregationConfig(Section):
+    """How the server combines what clients reply."""
+
+    method: str = Field("flora", description=f"one of {', '.join(sorted(AGGREGATORS))}")
+    weights: str = Field("examples", description=f"p_k by one of {', '.join(sorted(WEIGHTS))}")
+    max_rank: int | None = Field(None, ge=1, description="largest rank of the server's merged part; unset: lossless")
+    download_error: float = Field(1e-3, ge=0, lt=1, description="relative error that the cut of a download may have")
+    download_rank: int | None = Field(None, ge=1, description="largest rank of the merged part in a download")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        return _one_of(value, AGGREGATORS)
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, value: str) -> str:
+        return _one_of(value, WEIGHTS)
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    rounds: int = Field(2, ge=1, description="rounds of the whole run")
+    fraction: float = Field(1.0, gt=0, le=1, description="part of the clients that takes part in a round")
+    clients_per_round: int | None = Field(None, ge=1, description="their number, instead of a fraction")
+    seed: int = Field(0, description="every random draw depends on it")
+    out: str = Field("runs/latest", description="the run's folder")
+    evaluate: Literal["ends", "each", "never"] = Field("ends", description="before round one and after the last, or each")
+    min_replies: int = Field(1, ge=1, description="fewer accepted replies fail the round, not the run")
+    deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
+    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
+    alone: bool = Field(False, description="in a simulation, train every client alone as well, and compare")
+    keep_replies: bool = Field(False, description="keep every accepted reply beside the checkpoints")
+    backend: Literal["inprocess", "ray"] = Field("inprocess", description="engine of `corolla simulate`")
+    ray_cpus: int = Field(1, ge=1, description="CPUs of one client on Ray")
+    ray_gpus: float = Field(0.0, ge=0, description="part of a GPU of one client on Ray")
+    threads: int = Field(0, ge=0, description="CPU threads of torch in server and clients; 0: every core")
+
+
+def _one_of(value: str, registry: Mapping[str, Any]) -> str:
+    if value not in registry:
+        raise ValueError(f"must be one of {', '.join(sorted(registry))}")
+    return value
+
+
+class Config(Section):
+    """A run's configuration. Every key is `section.name`; the defaults are the demo's."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    clients: ClientsConfig = ClientsConfig()
+    train: TrainConfig = TrainConfig(local_steps=8)
+    aggregation: AggregationConfig = AggregationConfig()
+    run: RunConfig = RunConfig()
+
+    def settings(self) -> ClientSettings:
+        """What clients are told."""
+        return ClientSettings(
+            model=self.model,
+            data=self.data,
+            adapter=self.adapter,
+            train=self.train,
+            clients=self.clients,
+            rounds=self.run.rounds,
+            seed=self.run.seed,
+            threads=self.run.threads,
+        )
+
+    def flat(self) -> dict[str, str | int | float | bool]:
+        """`section.name` -> a scalar, as Flower's run config holds it: lists as JSON, what is not set as ""."""
+        values = {}
+        for section, fields in self.model_dump().items():
+            for name, value in fields.items():
+                values[f"{section}.{name}"] = "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
+        return values
+
+    @classmethod
+    def build(cls, nested: Mapping[str, Any]) -> Self:
+        """From nested tables. Raises ConfigError."""
+        try:
+            return cls.model_validate(dict(nested))
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """From `section.name` -> scalar. Raises ConfigError."""
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            nested.setdefault(section, {})[name or section] = value
+        return cls.build(nested)
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Iterable[str] = ()) -> Self:
+        """From a TOML file (None: the defaults) and `section.name=value` settings, which win.
+
+        Values are read as TOML, and as plain strings where they are none. Raises ConfigError, and
+        FileNotFoundError for a file that is not there.
+        """
+        values = ({} if path is None else _flatten(_read_toml(path))) | cls.parse(overrides)
+        return cls.from_flat(cls().flat() | _one_kind_of_work(values) | values)
+
+    @staticmethod
+    def parse(overrides: Iterable[str]) -> dict[str, Any]:
+        """`section.name=value` settings as a flat mapping; values are TOML, or plain strings where they are none."""
+        values: dict[str, Any] = {}
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals or "." not in key:
+                raise ConfigError(f"a setting is section.name=value, got {override!r}")
+            values[key.strip()] = _parse(value)
+        return _one_kind_of_work(values) | values
+
+
+def _one_kind_of_work(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Who sets one of train.local_steps and train.local_epochs does not want what the other was before."""
+    keys = ("train.local_steps", "train.local_epochs")
+    return {b: "" for a, b in (keys, keys[::-1]) if values.get(a) not in (None, "")}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"a configuration is a TOML file, got {path}: no such file")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} must be TOML: {error}") from error
+
+
+def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for section, fields in nested.items():
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{section} must be a table, got {fields!r}: write [{section}] and its keys below")
+        flat |= {f"{section}.{name}": value for name, value in fields.items()}
+    return flat
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _explain(problem: Any) -> str:
+    """One line: the key, what was wrong, the value, and the nearest right key where there is none of that name."""
+    key = ".".join(str(part) for part in problem["loc"][:2])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(Config().flat()) if "." in key else sorted(Config.model_fields)
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"{key} is no setting" + (f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+    if problem["type"] == "value_error" and len(problem["loc"]) < 2:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"

@@ -1,0 +1,84 @@
+"""Which clients there are: Flower's node ids are random, so every node is asked who it is."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from corolla.client.protocol import HELLO, Hello
+from corolla.server.validation import Rejected, check_hello
+
+
+class Fleet:
+    """The clients by name, with their nodes. `base_hash` may be left open: then it is what most nodes have."""
+
+    def __init__(self, settings: str, base_hash: str, deadline: float) -> None:
+        self.settings, self.base_hash, self.deadline = settings, base_hash, deadline
+        self.clients: dict[str, Hello] = {}
+        self.refused: dict[str, str] = {}
+        self._nodes: dict[str, int] = {}
+
+    def node(self, client_id: str) -> int:
+        """The node id of a client."""
+        return self._nodes[client_id]
+
+    def refresh(self, grid: Grid, wanted: int) -> None:
+        """Waits (until the deadline) for `wanted` nodes, and asks those not known yet who they are.
+
+        A node that is gone is forgotten; one that cannot take part is in `refused` with its reason.
+        """
+        nodes = set(self._wait(grid, wanted))
+        self._nodes = {client: node for client, node in self._nodes.items() if node in nodes}
+        unknown = sorted(nodes - set(self._nodes.values()))
+        asked = [
+            Message(
+                RecordDict({"settings": ConfigRecord({"json": self.settings})}),
+                dst_node_id=node,
+                message_type=HELLO,
+                group_id=f"hello:{node}",
+            )
+            for node in unknown
+        ]
+        if asked:
+            self._admit(grid.send_and_receive(asked, timeout=self.deadline))
+        self.clients = {client: self.clients[client] for client in sorted(self._nodes)}
+
+    def _wait(self, grid: Grid, wanted: int) -> list[int]:
+        until = time.monotonic() + self.deadline
+        while len(nodes := list(grid.get_node_ids())) < wanted and time.monotonic() < until:
+            log(20, "Waiting for nodes: %d of %d are there", len(nodes), wanted)
+            time.sleep(1)
+        return nodes
+
+    def _admit(self, replies: Iterable[Message]) -> None:
+        hellos: list[tuple[int, Hello]] = []
+        for reply in replies:
+            node = reply.metadata.group_id.removeprefix("hello:")
+            try:
+                if reply.has_error():
+                    raise Rejected(reply.error.reason or f"error {reply.error.code}")
+                hellos.append((int(node), Hello.unpack(reply.content)))
+            except ValueError as error:
+                self._refuse(f"node {node}", str(error))
+        self.base_hash = self.base_hash or _most_common(hello.base_hash for _, hello in hellos)
+        for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id, pair[0])):
+            try:
+                check_hello(hello, self.base_hash)
+                if hello.client_id in self._nodes:
+                    raise Rejected("a client's name must be its own, got one that another node has already")
+            except Rejected as error:
+                self._refuse(hello.client_id, str(error))
+                continue
+            self._nodes[hello.client_id], self.clients[hello.client_id] = node_id, hello
+
+    def _refuse(self, who: str, reason: str) -> None:
+        log(30, "%s is refused: %s", who, reason)
+        self.refused[who] = reason
+
+
+def _most_common(hashes: Iterable[str]) -> str:
+    counted = Counter(hashes)
+    return min(counted, key=lambda value: (-counted[value], value)) if counted else ""

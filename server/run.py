@@ -1,0 +1,154 @@
+"""One run on a server, from its configuration to the exported adapter: what the ServerApp does, in every engine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from corolla.adapters import base_hash, export_adapter, find_base, open_base, read_peft_folder, write_peft_folder
+from corolla.aggregation import AdapterState, Budget, GlobalModel, compress_adapter, whole, without_empty
+from corolla.server.config import Config
+from corolla.server.folder import Checkpoint, RunFolder
+from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling, weighted_mean
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Called with each line as it is written to metrics.jsonl."""
+
+
+class Recorder:
+    """Puts each round and each evaluation into the run's folder as it happens."""
+
+    def __init__(self, folder: RunFolder, config: Config, progress: Progress) -> None:
+        self.folder, self.config, self.progress = folder, config, progress
+
+    def round(self, record: RoundRecord, model: GlobalModel, replies: Mapping[str, AdapterState]) -> None:
+        """The round's replies if they are kept, its checkpoint and line; then old checkpoints go."""
+        line = {"kind": "round", **asdict(record), "received_loss": record.received_loss}
+        if self.config.run.keep_replies:
+            self.folder.save_replies(record.round, replies)
+        self.folder.save(Checkpoint(model, record.round, line))
+        self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
+        self.progress(line)
+
+    def evaluation(self, round_number: int, clients: Mapping[str, Mapping[str, float]]) -> None:
+        """The line of an evaluation: every client's numbers, and their means by held-out examples."""
+        mean = {name: weighted_mean(clients, name, "examples") for name in ("held_out_loss", "exact_match", "probe_loss")}
+        line = {"kind": "evaluation", "round": round_number, "clients": dict(clients), "mean": mean}
+        self.folder.append(line)
+        self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
+        self.progress(line)
+
+
+def scores(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """Round -> probe loss of its outcome, as the next round's clients or an evaluation found it."""
+    found = {line["round"] - 1: line["received_loss"] for line in lines if line["kind"] == "round"}
+    found |= {line["round"]: line["mean"]["probe_loss"] for line in lines if line["kind"] == "evaluation"}
+    return {round_number: loss for round_number, loss in found.items() if loss is not None}
+
+
+def prepare_folder(config: Config, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """The run's folder: new, or an existing one whose configuration gets this one's number of rounds.
+
+    Raises FileExistsError for a folder with a run in it where neither `resume` nor `overwrite` is said.
+    """
+    path = Path(config.run.out)
+    if not resume:
+        return RunFolder.create(path, config, run_facts(config), overwrite)
+    folder = RunFolder.open(path)
+    folder.write_config(config)
+    return folder
+
+
+def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress = lambda line: None) -> Path:
+    """Runs (or goes on with) the rounds of `config` over `grid`, and returns the folder of the exported adapter."""
+    checkpoint = folder.load() if folder.rounds() else None
+    folder.rewind(checkpoint)
+    recorder = Recorder(folder, config, progress)
+    strategy = build_strategy(config, checkpoint, folder, recorder)
+    strategy.run(grid, config.run.rounds)
+    if strategy.model is None or not without_empty(whole(strategy.model)):
+        raise RuntimeError(f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}")
+    return export_run(config, whole(strategy.model), folder)
+
+
+def build_strategy(config: Config, checkpoint: Checkpoint | None, folder: RunFolder, recorder: Recorder) -> FederatedLoRA:
+    """The strategy that `config` describes, at `checkpoint` where there is one."""
+    run, aggregation = config.run, config.aggregation
+    start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
+    return FederatedLoRA(
+        aggregation.method,
+        settings=config.settings().model_dump_json(),
+        seed=run.seed,
+        weights=aggregation.weights,
+        sampling=Sampling(run.fraction, run.clients_per_round),
+        clients=config.clients.count,
+        min_replies=run.min_replies,
+        deadline=run.deadline,
+        budget=Budget(aggregation.max_rank),
+        download=Budget(aggregation.download_rank, aggregation.download_error),
+        evaluate=run.evaluate,
+        base_hash=config.model.hash or _own_base_hash(config.model.name),
+        model=checkpoint.model if checkpoint else None,
+        merged=compress_adapter(start, Budget())[0],
+        rounds_done=checkpoint.round if checkpoint else 0,
+        evaluated=[line["round"] for line in folder.lines() if line["kind"] == "evaluation"],
+        on_round=recorder.round,
+        on_evaluation=recorder.evaluation,
+    )
+
+
+def _own_base_hash(name: str) -> str:
+    """The hash of the base where this machine has it; empty (what most clients have counts) where it has not."""
+    try:
+        return base_hash(find_base(name))
+    except FileNotFoundError as error:
+        log(30, "the server has no base of its own, so the clients' counts: %s", error)
+        return ""
+
+
+def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path:
+    """Writes `adapter/` in the run's folder, proven against the base where this machine has it."""
+    target = folder.path / "adapter"
+    adapter, _ = compress_adapter(adapter, Budget())
+    adapter = without_empty(adapter)
+    try:
+        base = open_base(config.model.name, config.model.dtype, config.model.device)
+    except FileNotFoundError as error:
+        log(30, "the adapter is written but not proven, for want of the base: %s", error)
+        return write_peft_folder(adapter, target, config.model.name)
+    log(20, "adapter exported; its logits differ by %.1e from the running model's", export_adapter(base, adapter, target))
+    return target
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    """What a reader needs to rerun it: versions, commit, machine."""
+    packages = ("corolla", "flwr", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
+    return {
+        "seed": config.run.seed,
+        "threads": config.run.threads or len(os.sched_getaffinity(0)),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the working copy that the package runs from, None for an installed one."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+

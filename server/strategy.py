@@ -1,0 +1,308 @@
+"""A Flower strategy for low-rank adapters of different ranks: seeded, validated, and exact where its method is.
+
+It needs no configuration of ours and no command line: `examples/own_app.py` uses it in an app of its own.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from corolla.aggregation import (
+    AdapterState,
+    Budget,
+    ClientShare,
+    GlobalModel,
+    Method,
+    adapter_norm,
+    add_adapters,
+    advance,
+    build_method,
+    client_weights,
+    cut,
+    ranks,
+    scale_adapter,
+    share,
+    whole,
+)
+from corolla.client.protocol import Order, Reply, Task, adapter_bytes, pack_adapter, share_digest, unpack_metrics
+from corolla.client.seeding import random_order
+from corolla.server.fleet import Fleet
+from corolla.server.validation import Rejected, check_reply
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who takes part: `clients_per_round` of the clients, or this `fraction` of them; drawn from (seed, round)."""
+
+    fraction: float = 1.0
+    clients_per_round: int | None = None
+
+    def draw(self, clients: Iterable[str], seed: int, round_number: int) -> list[str]:
+        """The names of the clients of this round, sorted; at least one."""
+        names = sorted(clients)
+        size = self.clients_per_round or math.ceil(self.fraction * len(names))
+        order = random_order(seed, "sample", round_number, size=len(names))
+        return sorted(names[i] for i in order[:size])
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round as it went; every line of metrics.jsonl is one of these or an evaluation."""
+
+    round: int
+    successful: bool
+    seconds: float
+    clients: Mapping[str, Mapping[str, Any]]
+    quarantined: Mapping[str, str]
+    update: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def received_loss(self) -> float | None:
+        """Mean probe loss, by training examples, of the model that the clients received: the last round's outcome."""
+        return weighted_mean(self.clients, "loss_before", "num_examples")
+
+
+OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
+OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]]], None]
+
+
+def weighted_mean(clients: Mapping[str, Mapping[str, Any]], name: str, weight: str) -> float | None:
+    """Σ weight·value / Σ weight over the clients that report both, None where none does."""
+    pairs = [(c[weight], c[name]) for c in clients.values() if name in c and weight in c]
+    total = sum(w for w, _ in pairs)
+    return sum(w * v for w, v in pairs) / total if total else None
+
+
+class FederatedLoRA(Strategy):
+    """Flower's rounds around a `Method` of corolla.aggregation.
+
+    The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
+    it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
+    `min_replies` sound ones leave the model as it is. `on_round` is called after each round with the record, the
+    new model, and the accepted adapters, before the next round begins; `on_evaluation` after each evaluation.
+    """
+
+    def __init__(
+        self,
+        method: Method | str = "flora",
+        *,
+        settings: str = "{}",
+        seed: int = 0,
+        weights: str = "examples",
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        clients: int = 1,
+        min_replies: int = 1,
+        deadline: float = 3600.0,
+        budget: Budget = Budget(),  # noqa: B008
+        download: Budget = Budget(max_error=1e-3),  # noqa: B008
+        evaluate: str = "ends",
+        base_hash: str = "",
+        model: GlobalModel | None = None,
+        merged: AdapterState | None = None,
+        rounds_done: int = 0,
+        evaluated: Collection[int] = (),
+        on_round: OnRound = lambda record, model, replies: None,
+        on_evaluation: OnEvaluation = lambda round_number, clients: None,
+    ) -> None:
+        self.method = build_method(method) if isinstance(method, str) else method
+        self.seed, self.weights, self.sampling = seed, weights, sampling
+        self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
+        self.budget, self.download, self.evaluate = budget, download, evaluate
+        self.fleet = Fleet(settings, base_hash, deadline)
+        self.model, self._first_merged = model, merged
+        self.rounds_done, self._last_round = rounds_done, rounds_done
+        self._evaluated = set(evaluated)
+        self.on_round, self.on_evaluation = on_round, on_evaluation
+        self._orders: dict[str, Order] = {}
+        self._sent: dict[str, dict[str, Any]] = {}
+        self._cut_error = 0.0
+        self._began = time.perf_counter()
+
+    def run(self, grid: Grid, rounds: int) -> Result:
+        """Goes on until `rounds` rounds are done in all, with the evaluations before the first and after the last.
+
+        Raises RuntimeError where no client can take part, ValueError where these clients cannot under this method.
+        """
+        self._last_round = rounds
+        self._meet(grid, self.wanted)
+        if self._due() and self.rounds_done not in self._evaluated:
+            replies = grid.send_and_receive(self._evaluation_messages(), timeout=self.deadline)
+            self.aggregate_evaluate(self.rounds_done, replies)
+        left = rounds - self.rounds_done
+        return self.start(grid, pack_adapter(whole(self._model())), left, self.deadline) if left > 0 else Result()
+
+    def _due(self) -> bool:
+        """Whether the model after `rounds_done` rounds is to be evaluated."""
+        return self.evaluate == "each" or (self.evaluate == "ends" and self.rounds_done in (0, self._last_round))
+
+    def summary(self) -> None:
+        """Logs what will run."""
+        log(20, "%s: %d clients, ranks %s", self.method.name, len(self.fleet.clients), self._ranks())
+
+    def _ranks(self) -> dict[str, int]:
+        return {client: hello.rank for client, hello in self.fleet.clients.items()}
+
+    def _model(self) -> GlobalModel:
+        if self.model is None:
+            raise RuntimeError("the strategy must have met its clients first: call run, or configure_train")
+        return self.model
+
+    def _meet(self, grid: Grid, wanted: int) -> None:
+        """Asks new nodes who they are, checks that the method can serve them, and makes the first model."""
+        self.fleet.refresh(grid, wanted)
+        hellos = self.fleet.clients
+        if not hellos:
+            reasons = "; ".join(f"{who}: {why}" for who, why in self.fleet.refused.items()) or "no node is there"
+            raise RuntimeError(f"a run needs at least one client, got none ({reasons})")
+        self.method.require(self._ranks(), {client: hello.shapes for client, hello in hellos.items()})
+        if self.model is None:
+            shapes = {m: s for client in sorted(hellos) for m, s in hellos[client].shapes.items()}
+            model = self.method.initial(shapes, max(self._ranks().values()), self.seed)
+            merged = add_adapters(model.merged, self._first_merged or {})
+            self.model = GlobalModel(merged, model.start, 0, self.fleet.base_hash, model.method_state)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """A message to each client of the round with its share of the global model."""
+        self._began = time.perf_counter()
+        round_number = self.rounds_done + 1
+        self._meet(grid, self.wanted if self.model is None else self.min_replies)
+        model = self._model()
+        rule = self.method.constrain(model.round + 1)
+        reduced, self._cut_error = cut(model, self.download)
+        version = model.digest()
+        chosen = self.sampling.draw(self.fleet.clients, self.seed, round_number)
+        self._orders, self._sent, messages = {}, {}, []
+        for client in chosen:
+            hello = self.fleet.clients[client]
+            part = share(reduced, rule, hello.rank, hello.shapes)
+            fresh = round_number if rule.fresh_per_round else 0
+            order = self._order(round_number, hello.rank, "".join(sorted(rule.trains)), fresh, version, part)
+            self._orders[client] = order
+            self._sent[client] = {"rank": hello.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
+            messages.append(self._message(Task(order, part.frozen, part.start), client, MessageType.TRAIN))
+        return messages
+
+    def _order(self, round_number: int, rank: int, trains: str, fresh: int, version: str, part: ClientShare) -> Order:
+        digest = share_digest(part.frozen, part.start)
+        return Order(
+            round_number, rank, trains, fresh, self.seed, version, digest, self.fleet.base_hash, self.fleet.settings
+        )
+
+    def _message(self, task: Task, client: str, kind: str) -> Message:
+        return Message(
+            task.pack(),
+            dst_node_id=self.fleet.node(client),
+            message_type=kind,
+            group_id=f"{task.order.round}:{client}",
+            ttl=self.deadline,
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The round's outcome from the sound replies; (None, None), and the model as it was, where too few came."""
+        accepted, quarantined = self._sort_out(replies)
+        self.rounds_done += 1
+        updates = [reply.update() for reply in accepted.values()]
+        facts: dict[str, Any] = {"download_error": self._cut_error}
+        successful = len(updates) >= self.min_replies
+        if successful:
+            weights = client_weights(updates, self.weights)
+            for client, weight in weights.items():
+                self._sent[client]["weight"] = weight
+            before = self._model()
+            outcome = self.method.aggregate(updates, weights, before)
+            self.model, proof = advance(before, outcome, self.budget)
+            change = add_adapters(whole(self.model), scale_adapter(whole(before), -1.0))
+            facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": self.model.digest()}
+            facts |= {f"{part}_rank": max(ranks(getattr(self.model, part)).values(), default=0) for part in ("merged", "start")}
+        else:
+            log(30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies)
+        record = RoundRecord(
+            self.rounds_done,
+            successful,
+            time.perf_counter() - self._began,
+            {client: self._sent[client] for client in sorted(self._sent)},
+            quarantined,
+            facts,
+            dict(self.fleet.refused),
+        )
+        self.on_round(record, self._model(), {client: reply.adapter for client, reply in accepted.items()})
+        if not successful:
+            return None, None
+        loss = weighted_mean(record.clients, "train_loss", "num_examples")
+        return pack_adapter(whole(self._model())), MetricRecord({"train_loss": loss} if loss is not None else {})
+
+    def _sort_out(self, replies: Iterable[Message]) -> tuple[dict[str, Reply], dict[str, str]]:
+        """The sound replies by client, sorted, and the reason for every client without one."""
+        accepted: dict[str, Reply] = {}
+        quarantined: dict[str, str] = {}
+        for message in replies:
+            client = message.metadata.group_id.partition(":")[2]
+            try:
+                reply = self._accept(message, client)
+                if client in accepted:
+                    raise Rejected("a client may reply once a round, got a second reply")
+                accepted[client] = reply
+                self._sent[client] |= reply.metrics | {
+                    "num_examples": reply.num_examples,
+                    "processed": reply.processed,
+                    "bytes_up": adapter_bytes(message.content.array_records["adapter"]),
+                }
+            except ValueError as error:
+                quarantined[client or "unknown"] = str(error)
+                log(30, "round %d: reply of %s is quarantined: %s", self.rounds_done + 1, client or "?", error)
+        for client in self._orders.keys() - accepted.keys() - quarantined.keys():
+            quarantined[client] = f"no reply within {self.deadline:g} s"
+        return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
+
+    def _accept(self, message: Message, client: str) -> Reply:
+        if client not in self._orders:
+            raise Rejected(f"a reply must belong to an order of this round, got {message.metadata.group_id!r}")
+        if message.has_error():
+            raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
+        reply = Reply.unpack(message.content)
+        check_reply(reply, self.fleet.clients[client], self._orders[client])
+        return reply
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The whole global model to every client after the last round, or after each where that is asked for."""
+        return self._evaluation_messages() if self._due() else []
+
+    def _evaluation_messages(self) -> list[Message]:
+        model = self._model()
+        reduced, _ = cut(model, self.download)
+        part = ClientShare(whole(reduced), {}, 0.0)
+        order = self._order(self.rounds_done, 1, "", 0, model.digest(), part)
+        return [self._message(Task(order, part.frozen, {}), client, MessageType.EVALUATE) for client in self.fleet.clients]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Mean metrics, by held-out examples, of the clients that answered."""
+        found = self._evaluations(replies)
+        if not found:
+            return None
+        self.on_evaluation(self.rounds_done, found)
+        names = ("held_out_loss", "exact_match")
+        return MetricRecord({n: v for n in names if (v := weighted_mean(found, n, "examples")) is not None})
+
+    def _evaluations(self, replies: Iterable[Message]) -> dict[str, dict[str, float]]:
+        found = {}
+        for message in replies:
+            client = message.metadata.group_id.partition(":")[2]
+            if message.has_error():
+                log(30, "evaluation by %s failed: %s", client or "?", message.error.reason)
+            else:
+                found[client] = unpack_metrics(message.content)
+        return dict(sorted(found.items()))

@@ -1,0 +1,108 @@
+"""What federation is worth: base, each client alone, and the global model, on everybody's held-out examples."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from corolla.adapters import carrying
+from corolla.aggregation import Budget, ClientUpdate, GlobalModel, advance, build_method, share, whole
+from corolla.client.evaluation import evaluate
+from corolla.client.local import Client
+from corolla.client.protocol import Order, Task, share_digest
+from corolla.server.folder import RunFolder
+
+BASE, GLOBAL = "base", "global"
+
+EVERY = "all"
+"""The row of examples that belong to no group."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Exact match (0..1) by column (base, each client alone, global) and by group of held-out examples."""
+
+    columns: Mapping[str, Mapping[str, float]]
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups, sorted."""
+        return sorted({group for column in self.columns.values() for group in column})
+
+    def average(self, column: str) -> float:
+        """The mean over all groups."""
+        values = self.columns[column]
+        return sum(values[group] for group in self.groups) / len(self.groups)
+
+
+def compare(
+    folder: RunFolder, clients: Mapping[str, Client], on_step: Callable[[str], None] = lambda what: None
+) -> Comparison:
+    """The run's first and last evaluation beside each client alone.
+
+    The evaluations give base and global as the clients found them, each on its own held-out examples; a client that
+    is alone is evaluated on those of all. Raises ValueError for a run without both evaluations.
+    """
+    lines = folder.lines()
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if len(evaluations) < 2:
+        raise ValueError("a comparison needs the evaluations before round one and after the last: set run.evaluate = 'ends'")
+    columns = {BASE: by_group(evaluations[0]["clients"].values())}
+    held_out = [example for client in clients.values() for example in client.data.held_out]
+    for client_id, client in clients.items():
+        model = train_alone(client, folder, lines, on_step)
+        with carrying(client.base.model, whole(model)) as alone:
+            found = evaluate(alone, client.base, held_out, client.settings.data.max_new_tokens)
+        columns[client_id] = by_group([found.metrics()])
+        on_step("evaluate")
+    return Comparison(columns | {GLOBAL: by_group(evaluations[-1]["clients"].values())})
+
+
+def by_group(evaluations: Any) -> dict[str, float]:
+    """Exact match by group over several evaluations, each weighted by its examples of that group."""
+    hits: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for metrics in evaluations:
+        groups = [name.partition("/")[2] for name in metrics if name.startswith("exact_match/")]
+        for group in groups or [EVERY]:
+            suffix = f"/{group}" if groups else ""
+            count = metrics[f"examples{suffix}"]
+            hits[group] = hits.get(group, 0.0) + count * metrics[f"exact_match{suffix}"]
+            counts[group] = counts.get(group, 0.0) + count
+    return {group: hits[group] / counts[group] for group in sorted(counts)}
+
+
+def train_alone(
+    client: Client, folder: RunFolder, lines: list[dict[str, Any]], on_step: Callable[[str], None]
+) -> GlobalModel:
+    """The client as a federation of one: the same rounds, steps, examples and seeds as it had in the run.
+
+    Its first round begins where the run's first round began, so the reply that the run kept of it (run.keep_replies)
+    is taken instead of training it again.
+    """
+    method, model = build_method("flora"), GlobalModel()
+    for line in lines:
+        if line["kind"] != "round" or client.client_id not in line["clients"] or client.client_id in line["quarantined"]:
+            continue
+        reply = folder.load_replies(line["round"]).get(client.client_id) if line["round"] == 1 else None
+        if reply is None or folder.config().aggregation.method != "flora" or folder.config().adapter.init_from:
+            reply = _train(client, model, line["round"])
+            on_step("train")
+        outcome = method.aggregate([ClientUpdate(client.client_id, 1, reply)], {client.client_id: 1.0}, model)
+        model, _ = advance(model, outcome, Budget())
+    return model
+
+
+def _train(client: Client, model: GlobalModel, round_number: int) -> Any:
+    rule = build_method("flora").constrain(round_number)
+    part = share(model, rule, client.rank, client.hello().shapes)
+    order = Order(
+        round=round_number,
+        rank=client.rank,
+        trains="".join(sorted(rule.trains)),
+        fresh_round=round_number if rule.fresh_per_round else 0,
+        seed=client.settings.seed,
+        model=model.digest(),
+        share=share_digest(part.frozen, part.start),
+        base_hash=client.base.hash,
+    )
+    return client.train(Task(order, part.frozen, part.start)).adapter

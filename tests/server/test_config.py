@@ -1,0 +1,67 @@
+"""One configuration, three ways in, and errors that say what would do."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from corolla.server.config import Config, ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_flower_keys_are_the_fields_with_their_defaults():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    flat = {f"{section}.{name}": value for section, fields in declared.items() for name, value in fields.items()}
+    assert flat == Config().flat()
+    assert {k: type(v) for k, v in flat.items()} == {k: type(v) for k, v in Config().flat().items()}
+
+
+def test_flat_and_back_is_the_same():
+    config = Config.load(None, ["clients.ranks=[2, 5]", "adapter.target_modules=all-linear", "train.local_epochs=0.5"])
+    assert Config.from_flat(config.flat()) == config
+    assert config.clients.rank(3) == 5
+    assert config.train.local_steps is None
+    assert config.train.steps(100) == 7
+
+
+def test_toml_and_overrides(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text('[run]\nrounds = 7\nseed = 3\n[adapter]\ntarget_modules = ["q_proj"]\n[clients]\nranks = "16..4"\n')
+    config = Config.load(path, ["run.rounds=5", "aggregation.method=fedit", "clients.target_modules=[['a'], 'all-linear']"])
+    assert (config.run.rounds, config.run.seed, config.aggregation.method) == (5, 3, "fedit")
+    assert config.adapter.target_modules == ("q_proj",)
+    assert [config.clients.rank(k) for k in range(4)] == [16, 8, 4, 16]
+    assert config.clients.targets(2) == ("a",)
+    assert Config.from_flat(config.flat()) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("run.round=5", r"run\.round is no setting: did you mean run\.rounds\?"),
+        ("rnu.rounds=5", r"rnu is no setting: did you mean run\?"),
+        ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1, got 0"),
+        ("run.rounds=many", r"run\.rounds: .*integer.*got 'many'"),
+        ("aggregation.method=fedavg", r"aggregation\.method: must be one of fedit, flora, .*got 'fedavg'"),
+        ("clients.ranks=big", r"clients.ranks must be a rank, a list, '32\.\.4' or 'node', got 'big'"),
+        ("clients.ranks=[4, 0]", r"clients.ranks must be at least 1"),
+        ("model.dtype=int4", r"model\.dtype: .*'float32'.*got 'int4'"),
+        ("train.local_steps=", r"set one of train.local_steps and train.local_epochs, got None and None"),
+        ("rounds", r"section\.name=value, got 'rounds'"),
+    ],
+)
+def test_errors_name_the_key_the_value_and_the_cure(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.load(None, [setting])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.toml"):
+        Config.load(tmp_path / "no.toml")
+    (tmp_path / "broken.toml").write_text("run = 3")
+    with pytest.raises(ConfigError, match=r"write \[run\]"):
+        Config.load(tmp_path / "broken.toml")
+    (tmp_path / "broken.toml").write_text("[run")
+    with pytest.raises(ConfigError, match="must be TOML"):
+        Config.load(tmp_path / "broken.toml")
