@@ -70,10 +70,10 @@ def find_base(name: str) -> Source:
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise FileNotFoundError(f"model.name must be a hub id, a folder or a .gguf file, got {name}: no such path")
     try:
-        return Source(name, Path(snapshot_download(name, allow_patterns=list(IDENTITY) + ["generation_config.json"])))
+        return Source(name, Path(snapshot_download(name, allow_patterns=[*IDENTITY, "generation_config.json"])))
     except Exception as error:
         raise FileNotFoundError(
-            f"model.name {name!r} is neither a local path nor to be had from the hub ({type(error).__name__}: {error}); "
+            f"model.name {name!r} is neither a local path nor on the hub ({type(error).__name__}: {error}): "
             "give a local folder, or download it once with HF_HUB_OFFLINE unset"
         ) from error
 
@@ -89,7 +89,7 @@ def _demo_folder() -> Path:
 
 
 def base_hash(source: Source) -> str:
-    """SHA-256 over names and bytes of the source's files; the same on every machine, whatever precision it is opened in.
+    """SHA-256 over names and bytes of the source's files: the same everywhere, in whatever precision it is opened.
 
     Each file's digest is remembered by path, size and time of change. Raises FileNotFoundError for a source
     without weights.

@@ -77,7 +77,8 @@ def merge_into(model: nn.Module, adapter: AdapterState) -> None:
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    return [m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    found = (getattr(module, "weight", None) for module in model.modules())
+    return [weight for weight in found if isinstance(weight, Tensor)]
 
 
 def has_conv1d(model: nn.Module, adapter: AdapterState) -> bool:
@@ -106,5 +107,7 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
 
 def _require_agreement(error: float, limit: float, folder: Path) -> float:
     if not error <= limit:
-        raise RuntimeError(f"the export in {folder} must give the running model's logits, got a relative error {error:.1e}")
+        raise RuntimeError(
+            f"the export in {folder} must give the running model's logits, got a relative error {error:.1e}"
+        )
     return error

@@ -76,5 +76,7 @@ def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
 
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:
-    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), module), config.lora_alpha)
+    alpha = (config.alpha_pattern or {}).get(
+        get_pattern_key(list(config.alpha_pattern or {}), module), config.lora_alpha
+    )
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

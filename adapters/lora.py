@@ -75,7 +75,9 @@ def write_adapter(model: PeftModel, adapter: AdapterState, name: str = LOCAL) ->
         a, b = _factors(layer, name)
         a.copy_(adapter[module].A)
         b.copy_(adapter[module].B.double() / layer.scaling[name])
-    _require_same(adapter, read_adapter(model, name), {a.dtype for a, _ in (_factors(x, name) for x in layers.values())})
+    _require_same(
+        adapter, read_adapter(model, name), {a.dtype for a, _ in (_factors(x, name) for x in layers.values())}
+    )
 
 
 def _require_fit(layers: dict[str, LoraLayer], adapter: AdapterState, name: str) -> None:
@@ -95,7 +97,9 @@ def _require_same(sent: AdapterState, loaded: AdapterState, dtypes: Collection[t
     for module, delta in sent.items():
         error = distance({module: loaded[module]}, {module: delta})
         if not error <= tolerance * float(delta.A.double().norm() * delta.B.double().norm()):
-            raise RuntimeError(f"{module} was loaded with an error of {error:.2e}: the model does not hold what was sent")
+            raise RuntimeError(
+                f"{module} was loaded with an error of {error:.2e}: the model does not hold what was sent"
+            )
 
 
 def _some(names: Collection[str], most: int = 4) -> str:

@@ -48,9 +48,29 @@ class AdapterSpec:
 
 
 UNDERSTOOD = frozenset(
-    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern task_type peft_type inference_mode base_model_name_or_path revision "
-    "auto_mapping peft_version runtime_config init_lora_weights bias".split()
+    [
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "use_rslora",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "task_type",
+        "peft_type",
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+        "runtime_config",
+        "init_lora_weights",
+        "bias",
+    ]
 )
 """Fields of LoraConfig that plain additive LoRA is made of, or that do not change ΔW."""
 

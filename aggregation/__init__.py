@@ -8,9 +8,9 @@ from corolla.aggregation.exact import certify, exact_mean
 from corolla.aggregation.flora import stack
 from corolla.aggregation.lowrank import (
     Budget,
+    adapter_norm,
     add,
     add_adapters,
-    adapter_norm,
     compress,
     compress_adapter,
     distance,
@@ -53,9 +53,9 @@ __all__ = [
     "LowRankDelta",
     "Method",
     "Shapes",
+    "adapter_norm",
     "add",
     "add_adapters",
-    "adapter_norm",
     "advance",
     "average_by_position",
     "build_method",

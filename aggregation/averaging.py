@@ -57,9 +57,7 @@ def _require_one_rank(updates: Sequence[ClientUpdate]) -> None:
             )
 
 
-def _average_factors(
-    updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel
-) -> GlobalUpdate:
+def _average_factors(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
     start = average_by_position(updates, weights, model.start)
     proof = certify(start, updates, weights, model.start, reason="the product of means is not the mean of products")
     return GlobalUpdate({}, start, proof)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from corolla.aggregation.lowrank import add, add_adapters, adapter_norm, distance, double, ranks, scale
+from corolla.aggregation.lowrank import adapter_norm, add, add_adapters, distance, double, ranks, scale
 from corolla.aggregation.state import AdapterState, Certificate, ClientUpdate, LowRankDelta
 
 EXACT = 1e-6

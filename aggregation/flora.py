@@ -26,9 +26,7 @@ def stack(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict
     return {module: delta.single() for module, delta in exact_mean(updates, weights, {}).items()}
 
 
-def _aggregate(
-    updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel
-) -> GlobalUpdate:
+def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
     merge = stack(updates, weights)
     start: AdapterState = {}
     return GlobalUpdate(merge, start, certify(merge, updates, weights, model.start, claim="a stack has no cross terms"))

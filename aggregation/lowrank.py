@@ -4,6 +4,7 @@ Sums are concatenations; norms and the best approximation come from two QR facto
 a small core. QR, SVD and norms run in float64 and are cast to float32 once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ def singular_values(delta: LowRankDelta) -> Tensor:
     """The singular values of B @ A in float64, largest first: min(rank, out, in) of them."""
     if delta.rank == 0:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.linalg.svdvals(_core(delta)[1])
+    sigma: Tensor = torch.linalg.svdvals(_core(delta)[1])
+    return sigma
 
 
 def norm(delta: LowRankDelta) -> float:
@@ -86,7 +88,7 @@ def norm(delta: LowRankDelta) -> float:
 
 def adapter_norm(adapter: AdapterState) -> float:
     """The Frobenius norm over all modules together."""
-    return sum(norm(delta) ** 2 for delta in adapter.values()) ** 0.5
+    return math.sqrt(sum(norm(delta) ** 2 for delta in adapter.values()))
 
 
 def double(adapter: AdapterState) -> dict[str, LowRankDelta]:
@@ -110,7 +112,7 @@ def kept(sigma: Tensor, budget: Budget, floor: float = 0.0) -> int:
     return rank if budget.max_rank is None else min(rank, budget.max_rank)
 
 
-def compress(delta: LowRankDelta, budget: Budget = Budget()) -> tuple[LowRankDelta, float]:  # noqa: B008  (frozen)
+def compress(delta: LowRankDelta, budget: Budget = Budget()) -> tuple[LowRankDelta, float]:
     """The best approximation of ΔW within `budget` in float32, largest components first, and its error ‖ΔW − ·‖_F.
 
     Eckart–Young on the core of two QR factorisations: O((out + in) R² + R³), no (out, in) matrix. The singular
@@ -121,7 +123,9 @@ def compress(delta: LowRankDelta, budget: Budget = Budget()) -> tuple[LowRankDel
         return delta.single(), 0.0
     q_b, core, q_a = _core(delta)
     u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
-    rounding = 1e-13 * float(delta.B.double().norm() * delta.A.double().norm())  # all that is left of a full cancellation
+    rounding = 1e-13 * float(
+        delta.B.double().norm() * delta.A.double().norm()
+    )  # all that is left of a full cancellation
     rank = kept(sigma, budget, rounding)
     a = vh[:rank] @ q_a.T
     b = (q_b @ u[:, :rank]) * sigma[:rank]

@@ -26,11 +26,10 @@ class Method:
         if self.mixed_ranks:
             return
         if len(set(ranks.values())) > 1:
-            raise ValueError(
-                f"{self.name} averages clients of one rank, got {dict(ranks)}: use flora or zero-padding for mixed ranks"
-            )
+            raise ValueError(f"{self.name} averages clients of one rank, got {dict(ranks)}: use flora or zero-padding")
         if len({frozenset(names) for names in modules.values()}) > 1:
+            counts = {client: len(names) for client, names in modules.items()}
             raise ValueError(
-                f"{self.name} averages clients with the same modules, got {({c: len(m) for c, m in modules.items()})} "
-                "modules: use flora or zero-padding"
+                f"{self.name} averages clients with the same modules, got different ones ({counts}): "
+                "use flora or zero-padding"
             )

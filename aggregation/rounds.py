@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from corolla.aggregation.lowrank import (
     Budget,
-    add_adapters,
     adapter_norm,
+    add_adapters,
     compress_adapter,
     ranks,
     without_empty,
@@ -54,7 +54,9 @@ def cut(model: GlobalModel, budget: Budget) -> tuple[GlobalModel, float]:
 
 
 def advance(
-    model: GlobalModel, update: GlobalUpdate, budget: Budget = Budget()  # noqa: B008  (frozen)
+    model: GlobalModel,
+    update: GlobalUpdate,
+    budget: Budget = Budget(),  # noqa: B008  (frozen)
 ) -> tuple[GlobalModel, Certificate]:
     """The model after the round: merged + merge, re-factored; the start replaced, never added.
 

@@ -30,7 +30,7 @@ class LowRankDelta:
             raise ValueError(f"A and B must share a dtype, got {self.A.dtype} and {self.B.dtype}")
         if self.A.shape[0] != self.B.shape[1]:
             raise ValueError(
-                f"A (rank, in) and B (out, rank) must share the rank, got {tuple(self.A.shape)} and {tuple(self.B.shape)}"
+                f"A (rank, in) and B (out, rank) must share the rank, got {[*self.A.shape]} and {[*self.B.shape]}"
             )
 
     @property

@@ -16,9 +16,7 @@ def split(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, LowRankDelta]:
     return add([top, zeros(*delta.shape, rank - top.rank)]), ordered.after(rank)
 
 
-def _aggregate(
-    updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel
-) -> GlobalUpdate:
+def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
     mean = exact_mean(updates, weights, model.start)
     parts = {module: split(delta, model.start[module].rank) for module, delta in mean.items()}
     start = {module: top for module, (top, _) in parts.items()}

@@ -51,7 +51,7 @@ def evaluate(message: Message, context: Context) -> Message:
     content = RecordDict(
         {
             "receipt": ConfigRecord({"client_id": client.client_id, "model": task.order.model}),
-            "metrics": MetricRecord(client.evaluate(task)),
+            "metrics": MetricRecord({**client.evaluate(task)}),
         }
     )
     return Message(content, reply_to=message)

@@ -44,21 +44,31 @@ class ModelConfig(Section):
     name: str = Field(DEMO, description="hub id, local folder, .gguf file, or the demo's alias")
     dtype: DType = Field("float32", description="precision that the base is opened in; recorded, not part of its hash")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
-    hash: str | None = Field(None, description="the base's SHA-256 that every client must have; taken from the base if unset")
+    hash: str | None = Field(
+        None, description="the base's SHA-256 that every client must have; taken from the base if unset"
+    )
 
 
 class DataConfig(Section):
     """Where a client's examples come from."""
 
-    train: str = Field(TASKS, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated")
-    held_out: str | None = Field(None, description="a JSONL file of held-out examples; unset: a part of the training rows")
+    train: str = Field(
+        TASKS, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated"
+    )
+    held_out: str | None = Field(
+        None, description="a JSONL file of held-out examples; unset: a part of the training rows"
+    )
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="that part, where held_out is unset")
     prompt: str = Field("prompt", description="column with the prompt")
     completion: str = Field("completion", description="column with the answer")
     group: str = Field("family", description="column by which results are told apart, where the rows have it")
-    partition: Literal["iid", "column"] = Field("column", description="how one file is split: at random, or by a column")
+    partition: Literal["iid", "column"] = Field(
+        "column", description="how one file is split: at random, or by a column"
+    )
     partition_column: str = Field("family", description="the column: each client gets whole values of it")
-    template: Literal["auto", "chat", "plain"] = Field("auto", description="chat: the tokenizer's; plain: prompt, newline")
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: the tokenizer's; plain: prompt, newline"
+    )
     system: str | None = Field(None, description="system message before every prompt; unset: what the template does")
     max_new_tokens: int = Field(32, ge=1, description="longest answer in evaluation, in tokens")
     tasks_train: int = Field(64, ge=1, description="generated training examples per family")
@@ -117,7 +127,7 @@ class TrainConfig(Section):
 
 
 def _parse_ranks(value: Any) -> Any:
-    """"32" and "[32, 16]" in a string are numbers: Flower's run config holds scalars only."""
+    """ "32" and "[32, 16]" in a string are numbers: Flower's run config holds scalars only."""
     if isinstance(value, str) and value.strip().lstrip("[")[:1].isdigit() and ".." not in value:
         value = json.loads(value)
     return tuple(value) if isinstance(value, list) else value
@@ -138,7 +148,8 @@ class ClientsConfig(Section):
 
     count: int = Field(4, ge=1, description="number of clients")
     ranks: Annotated[int | tuple[int, ...] | str, BeforeValidator(_parse_ranks)] = Field(
-        (32, 16, 8, 4), description="one rank, a list (repeated), '32..4' (halving, repeated), or 'node': each declares its own"
+        (32, 16, 8, 4),
+        description="one rank, a list (repeated), '32..4' (halving, repeated), or 'node': each declares its own",
     )
     target_modules: Annotated[tuple[Targets, ...] | None, BeforeValidator(_parse_target_list)] = Field(
         None, description="target modules by client (repeated), where they differ from adapter.target_modules"

@@ -13,13 +13,16 @@ from corolla.client.config import TASKS, DataConfig
 from corolla.client.seeding import random_order
 from corolla.client.tasks import generate_tasks
 
+Row = dict[str, Any]
+"""A line of data: a prompt, a completion, and whatever else it has."""
+
 IGNORED = -100
 """The label that the loss leaves out."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized example: `labels` is IGNORED on the prompt and equals `input_ids` on the answer and its end token."""
+    """One tokenized example: `labels` is IGNORED on the prompt, and `input_ids` on the answer and its end token."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -55,16 +58,18 @@ def load_client_data(
     kept = tuple(example for example in encoded if len(example.input_ids) <= max_length)
     if not kept:
         raise ValueError(
-            f"client {client_id} needs at least one example of at most {max_length} tokens, got {len(encoded)} examples, "
-            "none of them: raise train.max_length or look at data.train"
+            f"client {client_id} needs an example of at most {max_length} tokens, got {len(encoded)} examples, "
+            "none of them so short: raise train.max_length or look at data.train"
         )
     return ClientData(kept, tuple(encode(tokenizer, config, row) for row in held_out), len(encoded) - len(kept))
 
 
-def _load_rows(config: DataConfig, client_id: str, partition: int, clients: int, seed: int) -> tuple[list, ...]:
+def _load_rows(config: DataConfig, client_id: str, partition: int, clients: int, seed: int) -> tuple[list[Row], ...]:
     if config.train == TASKS:
         train, held_out = generate_tasks(config.tasks_seed, None, config.tasks_train, config.tasks_held_out)
-        return tuple(list(_part(Dataset.from_list(rows), config, partition, clients, seed)) for rows in (train, held_out))
+        return tuple(
+            list(_part(Dataset.from_list(rows), config, partition, clients, seed)) for rows in (train, held_out)
+        )
     mine = _own_rows(config, config.train, client_id, partition, clients, seed)
     if config.held_out:
         return mine, _own_rows(config, config.held_out, client_id, partition, clients, seed)
@@ -73,7 +78,7 @@ def _load_rows(config: DataConfig, client_id: str, partition: int, clients: int,
     return [mine[i] for i in sorted(order[count:])], [mine[i] for i in sorted(order[:count])]
 
 
-def _own_rows(config: DataConfig, path: str, client_id: str, partition: int, clients: int, seed: int) -> list[dict]:
+def _own_rows(config: DataConfig, path: str, client_id: str, partition: int, clients: int, seed: int) -> list[Row]:
     """This client's rows of a file: all of it where the name has {client}, its partition otherwise."""
     rows = read_rows(path.replace("{client}", client_id), config)
     return list(rows if "{client}" in path else _part(rows, config, partition, clients, seed))
@@ -87,7 +92,7 @@ def read_rows(path: str, config: DataConfig) -> Dataset:
     for column in (config.prompt, config.completion):
         if column not in rows.column_names:
             raise ValueError(
-                f"rows need the columns {config.prompt!r} and {config.completion!r}, got {rows.column_names} in {path}: "
+                f"rows of {path} need columns {config.prompt!r} and {config.completion!r}, got {rows.column_names}: "
                 "set data.prompt and data.completion"
             )
     return rows
@@ -114,7 +119,7 @@ def _part(rows: Dataset, config: DataConfig, partition: int, clients: int, seed:
     return rows.select([i for i, value in enumerate(rows[column]) if value in mine])
 
 
-def encode(tokenizer: Any, config: DataConfig, row: dict[str, Any]) -> Example:
+def encode(tokenizer: Any, config: DataConfig, row: Row) -> Example:
     """Prompt and answer as one sequence that ends with the end-of-turn token; the prompt's labels are IGNORED."""
     prompt, completion = str(row[config.prompt]), str(row[config.completion])
     prompt_ids, answer_ids = _encode_chat(tokenizer, config, prompt, completion) or (

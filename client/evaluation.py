@@ -65,10 +65,14 @@ def mean_loss(model: Any, base: Base, examples: Sequence[Example]) -> float:
         pad = base.tokenizer.pad_token_id
         ids = torch.tensor([[*e.input_ids, *[pad] * (width - len(e.input_ids))] for e in batch], device=base.device)
         labels = torch.tensor([[*e.labels, *[IGNORED] * (width - len(e.labels))] for e in batch], device=base.device)
-        mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in batch], device=base.device)
+        mask = torch.tensor(
+            [[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in batch], device=base.device
+        )
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         targets = labels[:, 1:]
-        total += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum")
+        )
         count += int((targets != IGNORED).sum())
     return total / max(count, 1)
 

@@ -48,7 +48,9 @@ class Client:
         """
         order, settings = task.order, self.settings
         self._require_base(task)
-        fresh = FreshRows(order.seed, order.fresh_round, self.client_id if settings.adapter.init == "independent" else "")
+        fresh = FreshRows(
+            order.seed, order.fresh_round, self.client_id if settings.adapter.init == "independent" else ""
+        )
         start = fill_adapter(task.start, self._shapes(), order.rank, fresh)
         examples = self._examples(order.round)
         with attached(self.base.model, self.spec(order.rank), start, task.frozen, order.trains) as model:
@@ -58,11 +60,18 @@ class Client:
             metrics["loss_after"] = self._probe_loss(model)
             adapter = read_adapter(model)
         return Reply(
-            self.client_id, order.round, order.model, self.base.hash, len(self.data.train), len(examples), adapter, metrics
+            self.client_id,
+            order.round,
+            order.model,
+            self.base.hash,
+            len(self.data.train),
+            len(examples),
+            adapter,
+            metrics,
         )
 
     def evaluate(self, task: Task) -> dict[str, float]:
-        """The received model, all of it frozen, on this client's held-out examples: loss and exact match, in numbers."""
+        """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
         self._require_base(task)
         with carrying(self.base.model, task.frozen) as model:
             found = evaluate(model, self.base, self.data.held_out, self.settings.data.max_new_tokens)
@@ -106,7 +115,9 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     client_id = str(node.get("name", f"client-{partition:03}"))
     rank = node.get("rank", settings.clients.rank(partition))
     if rank is None:
-        raise ValueError(f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}")
+        raise ValueError(
+            f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
+        )
     base = open_base(name, model.dtype, model.device)
     targets = node.get("target-modules", settings.clients.targets(partition))
     examples = _load_data(base, client_id, partition, settings.model_copy(update={"data": data}))

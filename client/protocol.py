@@ -143,7 +143,7 @@ def share_digest(frozen: AdapterState, start: AdapterState) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """What comes back from `train`: the adapter, what it was trained from, and numbers. No example leaves the client."""
+    """What `train` brings back: the adapter, what it was trained from, and numbers. No example leaves the client."""
 
     client_id: str
     round: int

@@ -25,10 +25,10 @@ class RoundTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of `total_steps`, entered at `first_step`."""
-        scheduler: Any = super().create_scheduler(max(self.total_steps, self.first_step + num_training_steps), optimizer)
-        scheduler.lr_lambdas = [
-            lambda step, rule=rule: rule(step + self.first_step) for rule in scheduler.lr_lambdas
-        ]
+        scheduler: Any = super().create_scheduler(
+            max(self.total_steps, self.first_step + num_training_steps), optimizer
+        )
+        scheduler.lr_lambdas = [lambda step, rule=rule: rule(step + self.first_step) for rule in scheduler.lr_lambdas]
         rates = [base * rule(0) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

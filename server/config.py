@@ -53,7 +53,9 @@ class RunConfig(Section):
     clients_per_round: int | None = Field(None, ge=1, description="their number, instead of a fraction")
     seed: int = Field(0, description="every random draw depends on it")
     out: str = Field("runs/latest", description="the run's folder")
-    evaluate: Literal["ends", "each", "never"] = Field("ends", description="before round one and after the last, or each")
+    evaluate: Literal["ends", "each", "never"] = Field(
+        "ends", description="before round one and after the last, or each"
+    )
     min_replies: int = Field(1, ge=1, description="fewer accepted replies fail the round, not the run")
     deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
@@ -100,7 +102,9 @@ class Config(Section):
         values = {}
         for section, fields in self.model_dump().items():
             for name, value in fields.items():
-                values[f"{section}.{name}"] = "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
+                values[f"{section}.{name}"] = (
+                    "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
+                )
         return values
 
     @classmethod
@@ -158,7 +162,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, fields in nested.items():
         if not isinstance(fields, dict):
             raise ConfigError(f"{section} must be a table, got {fields!r}: write [{section}] and its keys below")

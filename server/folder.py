@@ -41,7 +41,9 @@ class RunFolder:
         """
         if (path / CONFIG).exists():
             if not overwrite:
-                raise FileExistsError(f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite")
+                raise FileExistsError(
+                    f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite"
+                )
             for old in (path / "checkpoints", path / "adapter", path / "replies"):
                 shutil.rmtree(old, ignore_errors=True)
             for name in (METRICS, RUN, CONFIG, "best.json"):
@@ -66,7 +68,9 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Replaces the configuration; the tables leave out what is not set."""
         nested = config.model_dump(exclude_none=True)
-        self._write(CONFIG, tomli_w.dumps({s: {k: _plain(v) for k, v in f.items()} for s, f in nested.items()}).encode())
+        self._write(
+            CONFIG, tomli_w.dumps({s: {k: _plain(v) for k, v in f.items()} for s, f in nested.items()}).encode()
+        )
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """A JSON file, replaced at once."""
@@ -122,12 +126,16 @@ class RunFolder:
         one whose bytes are not those that were saved."""
         rounds = self.rounds()
         if not rounds or (round_number is not None and round_number not in rounds):
-            raise FileNotFoundError(f"{self.path} has checkpoints of rounds {rounds}, got a request for {round_number or 'the last'}")
+            raise FileNotFoundError(
+                f"{self.path} has checkpoints of rounds {rounds}, got a request for {round_number or 'the last'}"
+            )
         folder = self._checkpoint(round_number or rounds[-1])
         state = json.loads((folder / "state.json").read_text())
         model = _model_from(load_file(folder / "model.safetensors"), state)
         if model.digest() != state["digest"]:
-            raise ValueError(f"{folder} must have the digest {state['digest']}, it was changed: resume from another round")
+            raise ValueError(
+                f"{folder} must have the digest {state['digest']}, it was changed: resume from another round"
+            )
         return Checkpoint(model, state["round"], state["line"])
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
@@ -153,7 +161,10 @@ class RunFolder:
         folder = self.path / "replies" / f"round-{round_number:05}"
         folder.mkdir(parents=True, exist_ok=True)
         for client, adapter in replies.items():
-            save_file({k: v.contiguous() for k, v in GlobalModel(merged=adapter).tensors().items()}, folder / f"{client}.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in GlobalModel(merged=adapter).tensors().items()},
+                folder / f"{client}.safetensors",
+            )
 
     def load_replies(self, round_number: int) -> dict[str, AdapterState]:
         """Client -> the adapter it replied in a round, empty where none were kept."""

@@ -40,7 +40,9 @@ class Recorder:
 
     def evaluation(self, round_number: int, clients: Mapping[str, Mapping[str, float]]) -> None:
         """The line of an evaluation: every client's numbers, and their means by held-out examples."""
-        mean = {name: weighted_mean(clients, name, "examples") for name in ("held_out_loss", "exact_match", "probe_loss")}
+        mean = {
+            name: weighted_mean(clients, name, "examples") for name in ("held_out_loss", "exact_match", "probe_loss")
+        }
         line = {"kind": "evaluation", "round": round_number, "clients": dict(clients), "mean": mean}
         self.folder.append(line)
         self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
@@ -75,11 +77,15 @@ def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress
     strategy = build_strategy(config, checkpoint, folder, recorder)
     strategy.run(grid, config.run.rounds)
     if strategy.model is None or not without_empty(whole(strategy.model)):
-        raise RuntimeError(f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}")
+        raise RuntimeError(
+            f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}"
+        )
     return export_run(config, whole(strategy.model), folder)
 
 
-def build_strategy(config: Config, checkpoint: Checkpoint | None, folder: RunFolder, recorder: Recorder) -> FederatedLoRA:
+def build_strategy(
+    config: Config, checkpoint: Checkpoint | None, folder: RunFolder, recorder: Recorder
+) -> FederatedLoRA:
     """The strategy that `config` describes, at `checkpoint` where there is one."""
     run, aggregation = config.run, config.aggregation
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
@@ -124,7 +130,11 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
     except FileNotFoundError as error:
         log(30, "the adapter is written but not proven, for want of the base: %s", error)
         return write_peft_folder(adapter, target, config.model.name)
-    log(20, "adapter exported; its logits differ by %.1e from the running model's", export_adapter(base, adapter, target))
+    log(
+        20,
+        "adapter exported; its logits differ by %.1e from the running model's",
+        export_adapter(base, adapter, target),
+    )
     return target
 
 
@@ -150,5 +160,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-

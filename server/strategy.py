@@ -97,7 +97,7 @@ class FederatedLoRA(Strategy):
         settings: str = "{}",
         seed: int = 0,
         weights: str = "examples",
-        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        sampling: Sampling = Sampling(),
         clients: int = 1,
         min_replies: int = 1,
         deadline: float = 3600.0,
@@ -225,9 +225,14 @@ class FederatedLoRA(Strategy):
             self.model, proof = advance(before, outcome, self.budget)
             change = add_adapters(whole(self.model), scale_adapter(whole(before), -1.0))
             facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": self.model.digest()}
-            facts |= {f"{part}_rank": max(ranks(getattr(self.model, part)).values(), default=0) for part in ("merged", "start")}
+            facts |= {
+                f"{part}_rank": max(ranks(getattr(self.model, part)).values(), default=0)
+                for part in ("merged", "start")
+            }
         else:
-            log(30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies)
+            log(
+                30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies
+            )
         record = RoundRecord(
             self.rounds_done,
             successful,
@@ -254,7 +259,8 @@ class FederatedLoRA(Strategy):
                 if client in accepted:
                     raise Rejected("a client may reply once a round, got a second reply")
                 accepted[client] = reply
-                self._sent[client] |= reply.metrics | {
+                self._sent[client] |= {
+                    **reply.metrics,
                     "num_examples": reply.num_examples,
                     "processed": reply.processed,
                     "bytes_up": adapter_bytes(message.content.array_records["adapter"]),
@@ -286,7 +292,9 @@ class FederatedLoRA(Strategy):
         reduced, _ = cut(model, self.download)
         part = ClientShare(whole(reduced), {}, 0.0)
         order = self._order(self.rounds_done, 1, "", 0, model.digest(), part)
-        return [self._message(Task(order, part.frozen, {}), client, MessageType.EVALUATE) for client in self.fleet.clients]
+        return [
+            self._message(Task(order, part.frozen, {}), client, MessageType.EVALUATE) for client in self.fleet.clients
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean metrics, by held-out examples, of the clients that answered."""

@@ -26,14 +26,17 @@ def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
         if wanted != got:
             raise Rejected(f"{what} must be {wanted}, got {got}")
     if reply.num_examples < 1 or reply.processed < 0:
-        raise Rejected(f"num_examples must be at least 1 and processed at least 0, got {reply.num_examples} and {reply.processed}")
+        raise Rejected(
+            f"num_examples must be at least 1 and processed at least 0, got {reply.num_examples} and {reply.processed}"
+        )
     if reply.adapter.keys() != hello.shapes.keys():
         odd = sorted(reply.adapter.keys() ^ hello.shapes.keys())
         raise Rejected(f"modules must be those of the client's hello, got a difference in {', '.join(odd[:4])}")
     for module, delta in reply.adapter.items():
         if delta.shape != hello.shapes[module] or delta.rank != order.rank:
             raise Rejected(
-                f"{module} must have shape {hello.shapes[module]} and rank {order.rank}, got {delta.shape} and {delta.rank}"
+                f"{module} must have shape {hello.shapes[module]} and rank {order.rank}, "
+                f"got {delta.shape} and {delta.rank}"
             )
         if not (torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
             raise Rejected(f"{module} must be finite, got NaN or infinity")
@@ -49,4 +52,6 @@ def check_hello(hello: Hello, base_hash: str) -> None:
     if hello.num_examples < 1:
         raise Rejected(f"a client needs at least one training example, got {hello.num_examples}")
     if hello.rank < 1 or not hello.shapes:
-        raise Rejected(f"a client needs a rank and modules to adapt, got rank {hello.rank} and {len(hello.shapes)} modules")
+        raise Rejected(
+            f"a client needs a rank and modules to adapt, got rank {hello.rank} and {len(hello.shapes)} modules"
+        )

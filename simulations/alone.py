@@ -45,7 +45,9 @@ def compare(
     lines = folder.lines()
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if len(evaluations) < 2:
-        raise ValueError("a comparison needs the evaluations before round one and after the last: set run.evaluate = 'ends'")
+        raise ValueError(
+            "a comparison needs the evaluations before round one and after the last: set run.evaluate = 'ends'"
+        )
     columns = {BASE: by_group(evaluations[0]["clients"].values())}
     held_out = [example for client in clients.values() for example in client.data.held_out]
     for client_id, client in clients.items():
@@ -81,7 +83,11 @@ def train_alone(
     """
     method, model = build_method("flora"), GlobalModel()
     for line in lines:
-        if line["kind"] != "round" or client.client_id not in line["clients"] or client.client_id in line["quarantined"]:
+        if (
+            line["kind"] != "round"
+            or client.client_id not in line["clients"]
+            or client.client_id in line["quarantined"]
+        ):
             continue
         reply = folder.load_replies(line["round"]).get(client.client_id) if line["round"] == 1 else None
         if reply is None or folder.config().aggregation.method != "flora" or folder.config().adapter.init_from:

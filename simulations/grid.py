@@ -39,7 +39,8 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
         self._app, self._on_message = client_app, on_message
         self._contexts = {
-            1000 + i: Context(RUN_ID, 1000 + i, dict(node), RecordDict(), dict(run_config)) for i, node in enumerate(nodes)
+            1000 + i: Context(RUN_ID, 1000 + i, dict(node), RecordDict(), dict(run_config))
+            for i, node in enumerate(nodes)
         }
         self._replies: dict[str, Message] = {}
         self._count = 0

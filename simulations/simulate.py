@@ -76,7 +76,7 @@ def simulate(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    watch: Watch = Watch(),  # noqa: B008  (frozen)
+    watch: Watch = Watch(),
 ) -> Run:
     """Runs a federation on this machine and returns it.
 

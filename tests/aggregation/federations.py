@@ -15,9 +15,7 @@ def random_delta(out: int, inn: int, rank: int, seed: int, size: float = 1.0) ->
 @st.composite
 def federations(draw, max_clients: int = 20, max_rank: int = 64, partial: bool = True):
     """[(update with the scaling folded in, raw A, raw B, s) …]: mixed ranks, alphas, rsLoRA, module sets, counts."""
-    shapes = {
-        f"m{i}": (draw(st.integers(1, 40)), draw(st.integers(1, 40))) for i in range(draw(st.integers(1, 3)))
-    }
+    shapes = {f"m{i}": (draw(st.integers(1, 40)), draw(st.integers(1, 40))) for i in range(draw(st.integers(1, 3)))}
     clients = []
     for k in range(draw(st.integers(2, max_clients))):
         rank = draw(st.integers(1, max_rank))

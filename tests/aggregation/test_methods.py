@@ -67,7 +67,7 @@ def play(name: str, ranks, module_sets, counts, rounds: int, moves: float, seed:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(CARRYING + ["flora"]),
+    st.sampled_from([*CARRYING, "flora"]),
     st.lists(st.integers(1, 14), min_size=2, max_size=5),
     st.data(),
 )
@@ -94,7 +94,7 @@ def test_where_nobody_moves_nothing_changes(name, ranks, data):
 
 @pytest.mark.parametrize("name", sorted(AGGREGATORS))
 def test_one_client_is_left_alone(name):
-    *_, (model, updates, shares, weights, outcome), _ = play(name, (4,), [("q", "v")], (3,), 2, 0.3)
+    *_, (model, updates, _, _, outcome), _ = play(name, (4,), [("q", "v")], (3,), 2, 0.3)
     after, _ = advance(model, outcome)
     alone = {m: v + dense(updates[0].adapter, SHAPES)[m] for m, v in dense(model.merged, SHAPES).items()}
     assert difference(dense(whole(after), SHAPES), alone) < 1e-5
@@ -177,7 +177,10 @@ def test_a_component_that_nobody_holds_keeps_its_value():
 
 
 def test_fedit_names_the_client_of_another_rank():
-    updates = [ClientUpdate("a", 1, {"q": random_delta(2, 2, 1, 1)}), ClientUpdate("b", 1, {"q": random_delta(2, 2, 2, 2)})]
+    updates = [
+        ClientUpdate("a", 1, {"q": random_delta(2, 2, 1, 1)}),
+        ClientUpdate("b", 1, {"q": random_delta(2, 2, 2, 2)}),
+    ]
     model = GlobalModel(start={"q": random_delta(2, 2, 2, 3)})
     with pytest.raises(ValueError, match=r"rank 1 from a and 2 from b for q; use flora"):
         build_method("fedit").aggregate(updates, {"a": 0.5, "b": 0.5}, model)
@@ -245,7 +248,9 @@ def test_fresh_rows_nest_are_shared_and_differ_by_round():
 
 
 def test_a_dead_component_is_drawn_afresh_and_the_product_stays():
-    start = {"q": LowRankDelta(torch.cat([torch.ones(1, 9), torch.zeros(1, 9)]), torch.ones(12, 2) * torch.tensor([1.0, 0]))}
+    start = {
+        "q": LowRankDelta(torch.cat([torch.ones(1, 9), torch.zeros(1, 9)]), torch.ones(12, 2) * torch.tensor([1.0, 0]))
+    }
     filled = fill_adapter(start, {"q": SHAPES["q"]}, 3, FreshRows(0))["q"]
     assert torch.equal(filled.dense(), start["q"].dense())
     assert (filled.A.abs().sum(dim=1) > 0).all()

@@ -28,7 +28,9 @@ def test_flat_and_back_is_the_same():
 def test_toml_and_overrides(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('[run]\nrounds = 7\nseed = 3\n[adapter]\ntarget_modules = ["q_proj"]\n[clients]\nranks = "16..4"\n')
-    config = Config.load(path, ["run.rounds=5", "aggregation.method=fedit", "clients.target_modules=[['a'], 'all-linear']"])
+    config = Config.load(
+        path, ["run.rounds=5", "aggregation.method=fedit", "clients.target_modules=[['a'], 'all-linear']"]
+    )
     assert (config.run.rounds, config.run.seed, config.aggregation.method) == (5, 3, "fedit")
     assert config.adapter.target_modules == ("q_proj",)
     assert [config.clients.rank(k) for k in range(4)] == [16, 8, 4, 16]

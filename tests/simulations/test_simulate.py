@@ -62,7 +62,12 @@ def test_two_rounds_equal_the_dense_recursion_of_the_stored_replies(tiny_folder,
 @pytest.mark.parametrize("method", sorted(AGGREGATORS))
 def test_every_method_runs_and_learns(method, tiny_folder, tmp_path):
     config = tiny_config(
-        tiny_folder, tmp_path, clients={"ranks": (4,)}, aggregation={"method": method}, run={"rounds": 3}, train={"local_steps": 6}
+        tiny_folder,
+        tmp_path,
+        clients={"ranks": (4,)},
+        aggregation={"method": method},
+        run={"rounds": 3},
+        train={"local_steps": 6},
     )
     rounds = [line for line in simulate(config).metrics if line["kind"] == "round"]
     evaluations = [line for line in simulate(config, overwrite=True).metrics if line["kind"] == "evaluation"]
@@ -102,7 +107,15 @@ def test_the_folder_holds_what_a_reader_needs(tiny_folder, tmp_path):
     rounds = [line for line in run.metrics if line["kind"] == "round"]
     for line in rounds:
         for client in line["clients"].values():
-            assert {"rank", "num_examples", "processed", "weight", "train_loss", "loss_before", "loss_after"} <= client.keys()
+            assert {
+                "rank",
+                "num_examples",
+                "processed",
+                "weight",
+                "train_loss",
+                "loss_before",
+                "loss_after",
+            } <= client.keys()
             assert {"tokens", "seconds", "bytes_up", "bytes_down", "too_long"} <= client.keys()
     assert rounds[0]["clients"]["client-000"]["bytes_down"] == 0 < rounds[1]["clients"]["client-000"]["bytes_down"]
     best = json.loads((tmp_path / "best.json").read_text())["round"]
@@ -127,7 +140,9 @@ def test_alone_is_a_federation_of_one(tiny_folder, tmp_path):
 
 def test_a_peft_adapter_is_the_starting_point(tiny_folder, tmp_path):
     first = simulate(tiny_config(tiny_folder, tmp_path / "a", run={"rounds": 1}))
-    config = tiny_config(tiny_folder, tmp_path / "b", run={"rounds": 1}, adapter={"init_from": str(tmp_path / "a/adapter")})
+    config = tiny_config(
+        tiny_folder, tmp_path / "b", run={"rounds": 1}, adapter={"init_from": str(tmp_path / "a/adapter")}
+    )
     second = simulate(config)
     ends = [line["mean"]["held_out_loss"] for line in first.metrics if line["kind"] == "evaluation"]
     begins = [line["mean"]["held_out_loss"] for line in second.metrics if line["kind"] == "evaluation"]

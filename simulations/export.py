@@ -1,0 +1,87 @@
+"""A run's checkpoint for the world: exported, or evaluated on a file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla.adapters import Base, carrying, export_adapter, export_merged, open_base
+from corolla.aggregation import AdapterState, Budget, adapter_norm, compress_adapter, ranks, whole, without_empty
+from corolla.client.app import use_threads
+from corolla.client.data import encode, read_rows
+from corolla.client.evaluation import Evaluation
+from corolla.client.evaluation import evaluate as evaluate_model
+from corolla.server.config import Config
+from corolla.server.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """`cut_error`: ‖cut‖ / ‖update‖ of what --rank or --energy took away; `logits_error`: relative, on reloading."""
+
+    rank: int
+    cut_error: float
+    logits_error: float
+
+
+def export_checkpoint(
+    run: Path,
+    out: Path,
+    merged: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    round_number: int | None = None,
+) -> ExportReport:
+    """Writes the global model of a run to `out`, as a PEFT folder or as a full float32 checkpoint, and proves it.
+
+    `rank` cuts every module to that rank, `energy` keeps that part of its squared singular values. Raises
+    FileExistsError for a folder that is not empty, ValueError for an energy outside (0, 1].
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out must be a new folder, got {out} with files in it")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"--energy must be in (0, 1], got {energy}: 0.99 keeps 99 % of the squared norm")
+    _, base, adapter = _open(run, round_number)
+    budget = Budget(rank, (1 - energy) ** 0.5 if energy is not None else 0.0)
+    small, lost = compress_adapter(adapter, budget)
+    small = without_empty(small)
+    error = (export_merged if merged else export_adapter)(base, small, out)
+    return ExportReport(max(ranks(small).values()), lost / adapter_norm(adapter), error)
+
+
+def evaluate_checkpoint(
+    run: Path, data: Path, round_number: int | None = None, answers: Path | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics of the base and of the run's global model on a JSONL file; `answers` gets every answer of both.
+
+    The same encoding and greedy decoding as in the run.
+    """
+    config, base, adapter = _open(run, round_number)
+    rows = read_rows(str(data), config.data)
+    examples = [encode(base.tokenizer, config.data, row) for row in rows]
+    limit = config.data.max_new_tokens
+    before = evaluate_model(base.model, base, examples, limit)
+    with carrying(base.model, adapter) as model:
+        after = evaluate_model(model, base, examples, limit)
+    if answers:
+        _write_answers(answers, before, after)
+    return before.metrics(), after.metrics()
+
+
+def _write_answers(path: Path, before: Evaluation, after: Evaluation) -> None:
+    with path.open("w") as file:
+        for example, base_answer, answer in zip(after.examples, before.answers, after.answers, strict=True):
+            line = {"prompt": example.prompt, "completion": example.completion, "base": base_answer, "global": answer}
+            file.write(json.dumps(line) + "\n")
+
+
+def _open(run: Path, round_number: int | None) -> tuple[Config, Base, AdapterState]:
+    folder = RunFolder.open(run)
+    config = folder.config()
+    use_threads(config.run.threads)
+    checkpoint = folder.load(round_number)
+    base = open_base(config.model.name, config.model.dtype, config.model.device)
+    if base.hash != checkpoint.model.base_hash:
+        raise ValueError(
+            f"the run was made on the base {checkpoint.model.base_hash}, got {base.hash} from {config.model.name}"
+        )
+    return config, base, without_empty(whole(checkpoint.model))

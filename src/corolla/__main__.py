@@ -1,0 +1,5 @@
+"""python -m corolla."""
+
+from corolla.cli import app
+
+app()

@@ -1,0 +1,263 @@
+"""The command line: corolla simulate, export, evaluate."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from corolla import __version__
+
+if TYPE_CHECKING:
+    from corolla.server.config import Config
+    from corolla.simulations.alone import Comparison
+
+app = typer.Typer(
+    help="Fine-tune language models across clients that share no data, with LoRA adapters of different ranks.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+RunPath = Annotated[Path, typer.Argument(help="the folder of a run, for example runs/latest")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Flower's included")]
+
+
+def _quiet(verbose: bool) -> None:
+    """Other libraries' progress and advice off; warnings of ours and of Flower shown."""
+    level = logging.INFO if verbose else logging.WARNING
+    flower = logging.getLogger("flwr")
+    flower.handlers.clear()
+    flower.setLevel(level)
+    flower.propagate = True
+    logging.basicConfig(
+        level=level, format="%(message)s", datefmt="%X", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Errors that a user can mend become one message and exit code 1; an interrupted run exits with 130."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted[/]: what is done is kept; go on with --resume")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        if logging.getLogger().isEnabledFor(logging.INFO):
+            raise
+        console.print(f"[bold red]error[/] {type(error).__name__}: {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    """Fine-tune language models across clients that share no data, with LoRA adapters of different ranks."""
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="a TOML file; without one, the demo runs")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="change one setting, such as run.rounds=5"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; default: run.out")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run in this folder; --set run.rounds=9 adds rounds")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in the folder")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a federation on this machine: every client of the configuration, one after another or on Ray.
+
+    Writes the configuration, one line of metrics a round, checkpoints and the PEFT adapter into the run's folder.
+    All settings with their defaults: corolla settings.
+    """
+    _quiet(verbose)
+    with _exit_codes():
+        from corolla.server.folder import RunFolder
+        from corolla.simulations.simulate import Watch, load_config
+        from corolla.simulations.simulate import simulate as run_simulation
+
+        if resume:
+            out = resume
+        chosen = RunFolder.open(resume).config() if resume else load_config(config, settings or ())
+        with _progress(chosen) as watch:
+            run = run_simulation(
+                config,
+                overrides=settings or (),
+                out=out,
+                resume=resume is not None,
+                overwrite=overwrite,
+                watch=Watch(*watch),
+            )
+        if run.comparison:
+            console.print(_table(run.comparison, run.config))
+        _say_where(run)
+
+
+def _say_where(run: Any) -> None:
+    evaluations = [line["mean"] for line in run.metrics if line["kind"] == "evaluation"]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        console.print(
+            f"held-out loss {first['held_out_loss']:.3f} → {last['held_out_loss']:.3f}, "
+            f"exact match {first['exact_match']:.1%} → {last['exact_match']:.1%}"
+        )
+    console.print(f"run: {run.folder}   adapter: {run.folder / 'adapter'}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
+    """A bar that counts the clients' answers, and a line for every round."""
+    run, count = config.run, config.clients.count
+    chosen = run.clients_per_round or -(-count * run.fraction // 1)
+    evaluations = {"never": 0, "ends": 2, "each": run.rounds + 1}[run.evaluate]
+    alone = (run.rounds - (config.aggregation.method == "flora" and run.keep_replies) + 1) * count if run.alone else 0
+    total = count + run.rounds * int(chosen) + evaluations * count + alone
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("opening the base model", total=total)
+        doing = {"query.hello": "clients say hello", "train": "training", "evaluate": "evaluating"}
+
+        def on_step(kind: str) -> None:
+            bar.update(task, advance=1, description=doing.get(kind, kind))
+
+        yield on_step, lambda line: console.print(_describe(line), soft_wrap=True, highlight=False)
+
+
+def _describe(line: Any) -> str:
+    if line["kind"] == "evaluation":
+        mean = line["mean"]
+        loss, match = mean["held_out_loss"], mean["exact_match"]
+        return f"after round {line['round']}: held-out loss {loss:.3f}, exact match {match:.1%}"
+    if not line["successful"]:
+        return f"[red]round {line['round']} failed[/]: {line['quarantined']}"
+    losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
+    update = line["update"]
+    proof = update["certificate"]
+    exact = "exact" if proof["exact"] else f"error {proof['relative_error']:.1%}"
+    bad = f", [yellow]quarantined {line['quarantined']}[/]" if line["quarantined"] else ""
+    return (
+        f"round {line['round']}: {len(losses)} clients, train loss {sum(losses) / max(len(losses), 1):.3f}, "
+        f"update norm {update['norm']:.2f} of rank {update['merged_rank'] or update['start_rank']} "
+        f"({exact}), {line['seconds']:.0f} s{bad}"
+    )
+
+
+def _table(comparison: "Comparison", config: "Config") -> Table:
+    """Exact match in percent: a row a group, a column a model."""
+    table = Table(title="Exact match on held-out examples, %", title_justify="left")
+    table.add_column("")
+    for position, column in enumerate(comparison.columns):
+        rank = config.clients.rank(position - 1) if column not in ("base", "global") else None
+        table.add_column(f"{column}\nalone, rank {rank}" if rank else column, justify="right")
+    for group in comparison.groups:
+        table.add_row(group, *(f"{100 * values[group]:.0f}" for values in comparison.columns.values()))
+    table.add_section()
+    table.add_row("average", *(f"{100 * comparison.average(c):.1f}" for c in comparison.columns), style="bold")
+    return table
+
+
+@app.command()
+def settings() -> None:
+    """List every setting with its meaning and its default, and what the demo sets."""
+    from corolla.server.config import Config
+    from corolla.simulations.simulate import load_config
+
+    demo = load_config(None, ()).flat()
+    table = Table("setting", "default", "demo", "meaning", box=None)
+    for key, value in Config().flat().items():
+        section, name = key.split(".")
+        meaning = Config.model_fields[section].annotation.model_fields[name].description or ""  # type: ignore[union-attr]
+        table.add_row(key, str(value) or "-", "" if demo[key] == value else str(demo[key]), meaning)
+    console.print(table)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="a full float32 checkpoint instead of a PEFT adapter")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="cut the adapter to this rank, for engines that cap it")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="keep this part of the squared norm of every module, such as 0.99")
+    ] = None,
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="the checkpoint of this round; default: the last")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's result as a PEFT adapter (alpha = rank), or merged into a full checkpoint.
+
+    What is written is loaded again and its logits are compared with the running model's.
+    """
+    _quiet(verbose)
+    with _exit_codes():
+        from corolla.simulations.export import export_checkpoint
+
+        report = export_checkpoint(run, out, merged, rank, energy, round_number)
+        console.print(
+            f"{out}: rank {report.rank}, cut {report.cut_error:.2e} of the update's norm, "
+            f"logits within {report.logits_error:.1e} of the running model",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[Path, typer.Option(help="a JSONL file with the run's prompt and completion columns")],
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="the checkpoint of this round; default: the last")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="write every prompt, answer and truth to this JSONL file")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Loss and exact match (greedy decoding) of a run's global model, beside the base model, on a JSONL file."""
+    _quiet(verbose)
+    with _exit_codes():
+        from corolla.simulations.export import evaluate_checkpoint
+
+        base, tuned = evaluate_checkpoint(run, data, round_number, answers)
+        table = Table("", "base", "global")
+        for name in tuned:
+            if not name.startswith("examples"):
+                table.add_row(name, f"{base[name]:.4f}", f"{tuned[name]:.4f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(app())
