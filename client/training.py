@@ -110,6 +110,7 @@ def _trainer_arguments(config: TrainConfig, steps: int, seed: int, folder: str, 
         save_strategy="no",
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # by default a NaN is logged as the last good loss
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,

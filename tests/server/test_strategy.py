@@ -1,0 +1,162 @@
+"""The strategy: sound replies count, others are named with their reason, and the round goes on."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from corolla.aggregation import AGGREGATORS, GlobalModel, LowRankDelta, advance, build_method, client_weights, whole
+from corolla.server.strategy import FederatedLoRA, Sampling
+from tests.aggregation.federations import dense, difference
+from tests.server.clients import SHAPES, fake_grid, nan, with_factor
+
+RANKS = {"ann": 4, "bob": 3, "cleo": 2, "dan": 5}
+
+
+def crash(reply):
+    raise MemoryError("out of memory on the card")
+
+
+FAULTS = {
+    "NaN": (lambda r: with_factor(r, "layer.q", nan), r"layer\.q must be finite"),
+    "wrong rank": (lambda r: with_factor(r, "layer.q", lambda d: d.first(1)), r"layer\.q must have shape \(6, 8\) and rank 3"),
+    "wrong shape": (
+        lambda r: with_factor(r, "layer.v", lambda d: LowRankDelta(d.A, torch.ones(9, d.rank))),
+        r"layer\.v must have shape \(4, 8\) and rank 3, got \(9, 8\)",
+    ),
+    "transposed": (
+        lambda r: with_factor(r, "layer.q", lambda d: LowRankDelta(d.B.T.contiguous(), d.A.T.contiguous())),
+        r"layer\.q must have shape \(6, 8\)",
+    ),
+    "missing module": (lambda r: replace(r, adapter={"layer.q": r.adapter["layer.q"]}), r"difference in layer\.v"),
+    "other base": (lambda r: replace(r, base_hash="other"), "base hash must be the-base, got other"),
+    "stale model": (lambda r: replace(r, model="old"), "model version must be"),
+    "stale round": (lambda r: replace(r, round=r.round - 1), "round must be"),
+    "another's name": (lambda r: replace(r, client_id="ann"), "client must be bob, got ann"),
+    "no examples": (lambda r: replace(r, num_examples=0), "num_examples must be at least 1"),
+    "NaN metric": (lambda r: replace(r, metrics={"train_loss": float("nan")}), "metric train_loss must be finite"),
+    "crash": (crash, "the client failed: MemoryError: out of memory on the card"),
+}
+
+
+def run(grid, rounds=2, **options):
+    records = []
+    options = {"clients": 4, "evaluate": "never"} | options
+    strategy = FederatedLoRA(on_round=lambda record, model, replies: records.append((record, model, replies)), **options)
+    strategy.run(grid, rounds)
+    return strategy, records
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_bad_reply_is_quarantined_with_its_reason_and_the_round_goes_on(fault):
+    change, reason = FAULTS[fault]
+    strategy, records = run(fake_grid(RANKS, {"bob": change}))
+    good, expected = run(fake_grid({k: v for k, v in RANKS.items() if k != "bob"}), clients=3)
+    for record, _, replies in records:
+        assert record.successful
+        assert record.quarantined.keys() == {"bob"}
+        assert re.search(reason, record.quarantined["bob"])
+        assert replies.keys() == {"ann", "cleo", "dan"}
+        assert "weight" not in record.clients["bob"]
+        assert sum(c.get("weight", 0) for c in record.clients.values()) == pytest.approx(1)
+    assert strategy.model.merged.keys() == good.model.merged.keys()
+    assert difference(dense(whole(strategy.model), SHAPES), dense(whole(good.model), SHAPES)) < 1e-6
+
+
+def test_a_client_with_another_base_is_refused_by_name_and_the_run_goes_on():
+    grid = fake_grid(RANKS, hello_faults={"cleo": lambda h: replace(h, base_hash="another")})
+    _, records = run(grid)
+    for record, _, _ in records:
+        assert record.refused == {"cleo": "base hash must be the-base, got another: use the same checkpoint as the server"}
+        assert record.clients.keys() == {"ann", "bob", "dan"}
+
+
+def test_two_nodes_of_one_name_are_one_client():
+    grid = fake_grid(RANKS, hello_faults={"cleo": lambda h: replace(h, client_id="ann")})
+    _, records = run(grid)
+    assert "another node has already" in records[0][0].refused["ann"]
+    assert records[0][0].clients.keys() == {"ann", "bob", "dan"}
+
+
+def test_no_client_at_all_is_an_error_with_the_reasons():
+    faults = {name: lambda h: replace(h, base_hash="another") for name in RANKS}
+    with pytest.raises(RuntimeError, match=r"at least one client, got none .*ann: base hash must be mine"):
+        run(fake_grid(RANKS, hello_faults=faults), base_hash="mine")
+
+
+def test_too_few_replies_fail_the_round_and_not_the_run():
+    faults = {"bob": lambda r: with_factor(r, "layer.q", nan) if r.round == 1 else r}
+    strategy, records = run(fake_grid(RANKS, faults), rounds=3, min_replies=4)
+    assert [record.successful for record, _, _ in records] == [False, True, True]
+    assert records[0][1].digest() == GlobalModel().digest()
+    assert strategy.model.round == 2
+    assert strategy.rounds_done == 3
+
+
+@pytest.mark.parametrize("method", sorted(AGGREGATORS))
+def test_the_model_is_what_the_method_makes_of_the_replies(method):
+    ranks = RANKS if build_method(method).mixed_ranks else dict.fromkeys(RANKS, 3)
+    from corolla.aggregation import ClientUpdate
+
+    before = build_method(method).initial(SHAPES, max(ranks.values()), 0)
+    strategy, records = run(fake_grid(ranks), rounds=2, method=method)
+    for _, model, replies in records:
+        updates = [ClientUpdate(name, 10 * ranks[name], adapter) for name, adapter in replies.items()]
+        outcome = build_method(method).aggregate(updates, client_weights(updates), before)
+        expected, _ = advance(replace(before, base_hash="the-base"), outcome)
+        assert model.digest() == expected.digest()
+        before = expected
+    assert strategy.model.digest() == before.digest()
+
+
+def test_sampling_is_seeded_and_counts():
+    names = [f"c{i}" for i in range(10)]
+    draw = Sampling(fraction=0.25).draw
+    assert draw(names, 0, 1) == draw(reversed(names), 0, 1)
+    assert len(draw(names, 0, 1)) == 3
+    assert len({tuple(draw(names, 0, r)) for r in range(10)}) > 3
+    assert len({tuple(draw(names, s, 1)) for s in range(10)}) > 3
+    assert Sampling(clients_per_round=4).draw(names, 0, 1) != Sampling(clients_per_round=4).draw(names, 0, 2)
+    seen = {name for r in range(30) for name in draw(names, 0, r)}
+    assert seen == set(names)
+
+
+def test_a_client_that_answers_after_the_deadline_is_named():
+    import time
+
+    def slow(reply):
+        time.sleep(0.6)
+        return reply
+
+    _, records = run(fake_grid(RANKS, {"ann": slow}), rounds=1, deadline=0.5)
+    record = records[0][0]
+    assert record.quarantined == {name: "no reply within 0.5 s" for name in ("bob", "cleo", "dan")}
+    assert record.successful
+
+
+def test_a_download_is_cut_to_its_budget_and_the_server_keeps_the_tail():
+    from corolla.aggregation import Budget, singular_values
+
+    strategy, records = run(fake_grid(RANKS), rounds=3, download=Budget(max_error=0.2))
+    assert records[0][0].update["download_error"] == 0
+    assert 0 < records[2][0].update["download_error"] <= 0.2
+    assert all(len(singular_values(d)) > 3 for d in strategy.model.merged.values())
+    assert all(record.update["certificate"]["exact"] for record, _, _ in records)
+
+
+def test_a_strategy_goes_on_from_a_model():
+    straight, _ = run(fake_grid(RANKS), rounds=3)
+    first, _ = run(fake_grid(RANKS), rounds=1)
+    second, records = run(fake_grid(RANKS), rounds=3, model=first.model, rounds_done=1)
+    assert [record.round for record, _, _ in records] == [2, 3]
+    assert second.model.digest() == straight.model.digest()
+
+
+def test_the_reply_of_an_unknown_message_changes_nothing():
+    strategy, _ = run(fake_grid(RANKS), rounds=1)
+    model = strategy.model
+    accepted, quarantined = strategy._sort_out([])
+    assert not accepted
+    assert quarantined.keys() == set(RANKS)
+    assert strategy.model is model
