@@ -17,7 +17,9 @@ from corolla.server.strategy import FederatedLoRA
 client, server = ClientApp(), ServerApp()
 BASE = "my-model-v1"  # whatever names your base: clients with another one are refused
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(64, 32, 48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+model = LlamaForCausalLM(
+    LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+)
 
 
 def spec(context: Context) -> AdapterSpec:

@@ -10,11 +10,14 @@ from corolla.server.config import Config, ConfigError
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_flower_keys_are_the_fields_with_their_defaults():
+def test_the_flower_keys_are_the_fields_and_flwr_run_runs_the_demo():
+    """What [tool.flwr.app.config] declares is the demo, key by key and type by type."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     flat = {f"{section}.{name}": value for section, fields in declared.items() for name, value in fields.items()}
-    assert flat == Config().flat()
-    assert {k: type(v) for k, v in flat.items()} == {k: type(v) for k, v in Config().flat().items()}
+    demo = Config.load(ROOT / "simulations" / "demo.toml").flat()
+    assert flat == demo
+    assert {k: type(v) for k, v in flat.items()} == {k: type(v) for k, v in demo.items()}
+    assert demo.keys() == Config().flat().keys()
 
 
 def test_flat_and_back_is_the_same():
