@@ -71,10 +71,10 @@ def _fedit(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model:
 def fedit() -> Method:
     """FedIT (arXiv:2305.05644): FedAvg of A and of B, for clients of one rank. Not exact: the error is the weighted
     cross-covariance Σ p_k (B_k − B̄)(A_k − Ā)."""
-    return Method("fedit", shared_start, lambda round: ClientRule(), _fedit, mixed_ranks=False)
+    return Method("fedit", shared_start, lambda round: ClientRule(), _fedit, mixed_ranks=False, common_start=True)
 
 
 def zero_padding() -> Method:
     """Zero-padding (as in HETLoRA, arXiv:2401.06432, without its weights): smaller ranks are padded with zeros, then
     averaged. Not exact: component i comes out too small by the weight of the clients that hold it."""
-    return Method("zero-padding", shared_start, lambda round: ClientRule(), _average_factors)
+    return Method("zero-padding", shared_start, lambda round: ClientRule(), _average_factors, common_start=True)

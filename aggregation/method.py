@@ -12,7 +12,8 @@ class Method:
 
     `initial(shapes, max_rank, seed)` is the model before round 1; `constrain(round)` says what clients may train;
     `aggregate(updates, weights, model)` is one round's outcome, a pure function of its arguments. Where
-    `mixed_ranks` is false, all clients must have one rank and one set of modules.
+    `mixed_ranks` is false, all clients must have one rank and one set of modules; with a `common_start` the server
+    hands out A from round one, so clients cannot draw their own.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Method:
     constrain: Callable[[int], ClientRule]
     aggregate: Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], GlobalUpdate]
     mixed_ranks: bool = True
+    common_start: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""

@@ -28,4 +28,4 @@ def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], mo
 def warm() -> Method:
     """Of the exact mean M, the top r (the largest rank of the population) becomes the next start and the rest is
     merged, as FedMomentum does (2026; known from its abstract). Clients carry what their rank cannot hold. Exact."""
-    return Method("warm", shared_start, lambda round: ClientRule(carries=True), _aggregate)
+    return Method("warm", shared_start, lambda round: ClientRule(carries=True), _aggregate, common_start=True)

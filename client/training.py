@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def train_round(
     """Trains what takes gradients in `model`, in place, on `examples` in their order.
 
     One optimizer step per batch_size × accumulation examples. Returns train_loss (mean over the steps), tokens
-    (not padding, the prompt included), seconds, steps, and peak_memory_mib on CUDA. Raises RuntimeError where the
+    (not padding, the prompt included), seconds, steps and peak_memory_mib. Raises RuntimeError where the
     loss is not finite.
     """
     steps = math.ceil(len(examples) / (config.batch_size * config.accumulation))
@@ -72,7 +73,14 @@ def train_round(
         "tokens": float(sum(len(e.input_ids) for e in examples)),
         "seconds": time.perf_counter() - began,
     }
-    return metrics | ({"peak_memory_mib": torch.cuda.max_memory_allocated(base.device) / 2**20} if cuda else {})
+    return metrics | {"peak_memory_mib": _peak_memory(base.device) / 2**20}
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that this round had allocated, on the CPU the most that the process ever had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from corolla.aggregation import AGGREGATORS, WEIGHTS
+from corolla.aggregation import AGGREGATORS, WEIGHTS, build_method
 from corolla.client.config import (
     AdapterConfig,
     ClientsConfig,
@@ -83,6 +83,15 @@ class Config(Section):
     train: TrainConfig = TrainConfig(local_steps=8)
     aggregation: AggregationConfig = AggregationConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.adapter.init == "independent" and build_method(self.aggregation.method).common_start:
+            raise ValueError(
+                f"adapter.init = 'independent' needs clients that draw their own A, got aggregation.method = "
+                f"{self.aggregation.method!r} with a start common to all: use 'shared', or method 'flora'"
+            )
+        return self
 
     def settings(self) -> ClientSettings:
         """What clients are told."""

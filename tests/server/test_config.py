@@ -53,7 +53,7 @@ def test_toml_and_overrides(tmp_path):
         ("clients.ranks=[4, 0]", r"clients.ranks must be at least 1"),
         ("model.dtype=int4", r"model\.dtype: .*'float32'.*got 'int4'"),
         ("train.local_steps=", r"set one of train.local_steps and train.local_epochs, got None and None"),
-        ("rounds", r"section\.name=value, got 'rounds'"),
+        ("rounds=5", r"section\.name=value, got 'rounds=5'"),
     ],
 )
 def test_errors_name_the_key_the_value_and_the_cure(setting, message):
@@ -70,3 +70,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.toml").write_text("[run")
     with pytest.raises(ConfigError, match="must be TOML"):
         Config.load(tmp_path / "broken.toml")
+
+
+def test_combinations_that_cannot_be_are_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"'independent' needs clients that draw their own A, got .*'warm'"):
+        Config.load(None, ["adapter.init=independent", "aggregation.method=warm"])
+    assert Config.load(None, ["adapter.init=independent"]).adapter.init == "independent"
