@@ -1,6 +1,6 @@
 """LoRA factors in and out of a live model. The only place where the scaling enters and leaves B."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
-from corolla.aggregation import AdapterState, LowRankDelta, Shapes, distance, ranks
+from corolla.aggregation import AdapterState, LowRankDelta, Shapes, ranks
 
 LOCAL, MERGED = "local", "merged"
 """The names of the trainable adapter and of the frozen one beside it."""
@@ -75,12 +75,10 @@ def write_adapter(model: PeftModel, adapter: AdapterState, name: str = LOCAL) ->
         a, b = _factors(layer, name)
         a.copy_(adapter[module].A)
         b.copy_(adapter[module].B.double() / layer.scaling[name])
-    _require_same(
-        adapter, read_adapter(model, name), {a.dtype for a, _ in (_factors(x, name) for x in layers.values())}
-    )
+    _require_same(adapter, read_adapter(model, name), layers, name)
 
 
-def _require_fit(layers: dict[str, LoraLayer], adapter: AdapterState, name: str) -> None:
+def _require_fit(layers: Mapping[str, LoraLayer], adapter: AdapterState, name: str) -> None:
     if missing := sorted(layers.keys() - adapter.keys()):
         raise ValueError(f"adapter {name!r} needs every module of the model, got none for {_some(missing)}")
     if unknown := sorted(adapter.keys() - layers.keys()):
@@ -92,14 +90,17 @@ def _require_fit(layers: dict[str, LoraLayer], adapter: AdapterState, name: str)
             raise ValueError(f"{module} of adapter {name!r} needs A and B of shapes {wanted}, got {got}")
 
 
-def _require_same(sent: AdapterState, loaded: AdapterState, dtypes: Collection[torch.dtype]) -> None:
-    tolerance = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * 4
-    for module, delta in sent.items():
-        error = distance({module: loaded[module]}, {module: delta})
-        if not error <= tolerance * float(delta.A.double().norm() * delta.B.double().norm()):
-            raise RuntimeError(
-                f"{module} was loaded with an error of {error:.2e}: the model does not hold what was sent"
-            )
+def _require_same(sent: AdapterState, loaded: AdapterState, layers: Mapping[str, LoraLayer], name: str) -> None:
+    """Entry by entry, to the rounding of the layer's own precision."""
+    for module, layer in layers.items():
+        rounding = 4 * torch.finfo(_factors(layer, name)[0].dtype).eps
+        for factor in "AB":
+            wanted, got = getattr(sent[module], factor), getattr(loaded[module], factor)
+            if not torch.allclose(got, wanted, rtol=rounding, atol=0.0):
+                error = float((got - wanted).abs().max())
+                raise RuntimeError(
+                    f"{factor} of {module} was loaded with an error of {error:.2e}: the model does not hold what was sent"
+                )
 
 
 def _some(names: Collection[str], most: int = 4) -> str:

@@ -74,8 +74,9 @@ class Client:
         """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
         self._require_base(task)
         with carrying(self.base.model, task.frozen) as model:
-            found = evaluate(model, self.base, self.data.held_out, self.settings.data.max_new_tokens)
-            return found.metrics() | {"probe_loss": self._probe_loss(model)}
+            answers = evaluate(model, self.base, self.data.held_out, self.settings.data.max_new_tokens)
+            loss = mean_loss(model, self.base, self.data.held_out)
+            return answers.metrics() | {"held_out_loss": loss, "probe_loss": self._probe_loss(model)}
 
     def _probe_loss(self, model: Any) -> float:
         return mean_loss(model.eval(), self.base, (self.data.held_out or self.data.train)[:PROBE])

@@ -111,11 +111,11 @@ FAMILIES: Final[dict[str, Family]] = {
     for family in (
         join_hyphens,
         make_json,
-        swap_name,
         format_date,
         read_field,
         convert_unit,
         pick_largest,
+        swap_name,
         last_word,
     )
 }

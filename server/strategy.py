@@ -223,7 +223,7 @@ class FederatedLoRA(Strategy):
             before = self._model()
             outcome = self.method.aggregate(updates, weights, before)
             self.model, proof = advance(before, outcome, self.budget)
-            change = add_adapters(whole(self.model), scale_adapter(whole(before), -1.0))
+            change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
             facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": self.model.digest()}
             facts |= {
                 f"{part}_rank": max(ranks(getattr(self.model, part)).values(), default=0)

@@ -8,8 +8,7 @@ from corolla.adapters import Base, carrying, export_adapter, export_merged, open
 from corolla.aggregation import AdapterState, Budget, adapter_norm, compress_adapter, ranks, whole, without_empty
 from corolla.client.app import use_threads
 from corolla.client.data import encode, read_rows
-from corolla.client.evaluation import Evaluation
-from corolla.client.evaluation import evaluate as evaluate_model
+from corolla.client.evaluation import Evaluation, evaluate, mean_loss
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 
@@ -59,12 +58,14 @@ def evaluate_checkpoint(
     rows = read_rows(str(data), config.data)
     examples = [encode(base.tokenizer, config.data, row) for row in rows]
     limit = config.data.max_new_tokens
-    before = evaluate_model(base.model, base, examples, limit)
-    with carrying(base.model, adapter) as model:
-        after = evaluate_model(model, base, examples, limit)
+    found, metrics = [], []
+    for part in ({}, adapter):
+        with carrying(base.model, part) as model:
+            found.append(evaluate(model, base, examples, limit))
+            metrics.append({"held_out_loss": mean_loss(model, base, examples)} | found[-1].metrics())
     if answers:
-        _write_answers(answers, before, after)
-    return before.metrics(), after.metrics()
+        _write_answers(answers, *found)
+    return metrics[0], metrics[1]
 
 
 def _write_answers(path: Path, before: Evaluation, after: Evaluation) -> None:

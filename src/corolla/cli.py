@@ -41,6 +41,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Fl
 def _quiet(verbose: bool) -> None:
     """Other libraries' progress and advice off; warnings of ours and of Flower shown."""
     level = logging.INFO if verbose else logging.WARNING
+    import flwr.common.logger  # noqa: F401  (it makes the handler that is taken away here)
+
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.setLevel(level)

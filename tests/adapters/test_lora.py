@@ -161,7 +161,7 @@ def test_write_adapter_refuses_what_does_not_fit_before_it_writes(tiny):
             with pytest.raises(ValueError, match=message):
                 write_adapter(model, wrong)
             assert distance(read_adapter(model), good) < 1e-12
-        with pytest.raises(RuntimeError, match=f"{module} was loaded with an error"):
+        with pytest.raises(RuntimeError, match=f"A of {module} was loaded with an error"):
             write_adapter(model, good | {module: LowRankDelta(good[module].A * float("nan"), good[module].B)})
 
 
