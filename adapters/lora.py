@@ -99,7 +99,8 @@ def _require_same(sent: AdapterState, loaded: AdapterState, layers: Mapping[str,
             if not torch.allclose(got, wanted, rtol=rounding, atol=0.0):
                 error = float((got - wanted).abs().max())
                 raise RuntimeError(
-                    f"{factor} of {module} was loaded with an error of {error:.2e}: the model does not hold what was sent"
+                    f"{factor} of {module} was loaded with an error of {error:.2e}: "
+                    "the model does not hold what was sent"
                 )
 
 

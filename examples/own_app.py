@@ -60,7 +60,9 @@ def train(message: Message, context: Context) -> Message:
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Three rounds; the global model is strategy.model afterwards."""
-    strategy = FederatedLoRA("flora", clients=3, evaluate="never", on_round=lambda record, *_: print(record.received_loss))
+    strategy = FederatedLoRA(
+        "flora", clients=3, evaluate="never", on_round=lambda record, *_: print(record.received_loss)
+    )
     strategy.run(grid, rounds=3)
 
 

@@ -46,7 +46,15 @@ def test_simulate_prints_rounds_and_a_table(tiny_folder, tmp_path):
     config = tiny_config(tiny_folder, tmp_path / "run", run={"alone": True})
     done = run("simulate", *settings(config), "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    for words in ("round 1: 3 clients", "round 2", "(exact)", "client-001", "alone, rank 4", "average", "held-out loss"):
+    for words in (
+        "round 1: 3 clients",
+        "round 2",
+        "(exact)",
+        "client-001",
+        "alone, rank 4",
+        "average",
+        "held-out loss",
+    ):
         assert words in done.output
     again = run("simulate", *settings(config), "--out", tmp_path / "run")
     assert again.exit_code == 1

@@ -20,7 +20,10 @@ def decode(tokenizer, ids) -> str:
 def test_the_chat_template_is_used_and_the_end_of_turn_is_learned():
     tokenizer = tiny_tokenizer()
     example = encode(tokenizer, DataConfig(system="Be brief."), ROW)
-    assert decode(tokenizer, example.input_ids) == "<|system|>Be brief.<|end|><|user|>Say hi<|end|><|assistant|>hi there<|end|>"
+    assert (
+        decode(tokenizer, example.input_ids)
+        == "<|system|>Be brief.<|end|><|user|>Say hi<|end|><|assistant|>hi there<|end|>"
+    )
     learned = [label for label in example.labels if label != IGNORED]
     assert decode(tokenizer, learned) == "hi there<|end|>"
     assert decode(tokenizer, example.prompt_ids).endswith("<|assistant|>")
@@ -106,7 +109,11 @@ def test_too_long_examples_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"question": "a", "completion": "b"}], {}, r"need columns 'prompt' and 'completion', got \['question', 'completion'\]"),
+        (
+            [{"question": "a", "completion": "b"}],
+            {},
+            r"need columns 'prompt' and 'completion', got \['question', 'completion'\]",
+        ),
         ([ROW], {}, r"2 clients need as many values of 'family', got 1"),
         ([{"prompt": "a", "completion": "b"}], {}, r"needs the column 'family'.*'iid'"),
     ],

@@ -70,7 +70,10 @@ def changed(key: str, **changes) -> ArrayRecord:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (changed("model.layers.0.q/A", data=b"12"), r"model\.layers\.0\.q/A of shape \(3, 4\) must have 48 bytes, got 2"),
+        (
+            changed("model.layers.0.q/A", data=b"12"),
+            r"model\.layers\.0\.q/A of shape \(3, 4\) must have 48 bytes, got 2",
+        ),
         (changed("model.layers.0.q/A", dtype="float64"), r"must be float32 .*got float64"),
         (changed("model.layers.0.q/A", stype="numpy.ndarray"), r"got float32 of type numpy\.ndarray"),
         (changed("model.layers.0.q/A", shape=(4, 3)), r"model\.layers\.0\.q: .*share the rank"),

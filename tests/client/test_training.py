@@ -112,7 +112,9 @@ def test_greedy_answers_equal_those_of_plain_transformers(tiny):
 def test_exact_match_by_group(tiny, monkeypatch):
     from corolla.client import evaluation
 
-    rows = [encode(tiny.tokenizer, DataConfig(), {"prompt": c, "completion": c, "family": f}) for c, f in ("ax", "by", "cy")]
+    rows = [
+        encode(tiny.tokenizer, DataConfig(), {"prompt": c, "completion": c, "family": f}) for c, f in ("ax", "by", "cy")
+    ]
     monkeypatch.setattr(evaluation, "_answer", lambda *args: ["a", " b ", "wrong"])
     metrics = evaluate(tiny.model, tiny, rows, 3).metrics()
     assert metrics["exact_match"] == pytest.approx(2 / 3)

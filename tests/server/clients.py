@@ -36,9 +36,13 @@ def fake_grid(
         name, task = str(context.node_config["name"]), Task.unpack(message.content)
         order = task.order
         start = fill_adapter(task.start, SHAPES, order.rank, FreshRows(order.seed, order.fresh_round))
-        step = {m: random_delta(*SHAPES[m], d.rank, order.round * 100 + len(name) + d.rank, 0.1) for m, d in start.items()}
+        step = {
+            m: random_delta(*SHAPES[m], d.rank, order.round * 100 + len(name) + d.rank, 0.1) for m, d in start.items()
+        }
         moved = {m: LowRankDelta(d.A + step[m].A, d.B + step[m].B) for m, d in start.items()}
-        reply = Reply(name, order.round, order.model, BASE, 10 * order.rank, 4, moved, {"loss_before": 1.0, "train_loss": 2.0})
+        reply = Reply(
+            name, order.round, order.model, BASE, 10 * order.rank, 4, moved, {"loss_before": 1.0, "train_loss": 2.0}
+        )
         return Message((reply_faults or {}).get(name, lambda r: r)(reply).pack(), reply_to=message)
 
     return InProcessGrid(app, [{"name": name} for name in ranks], {})

@@ -80,7 +80,9 @@ def test_the_last_and_the_best_are_kept(folder):
 
 
 def test_the_configuration_comes_back(tmp_path):
-    config = Config.load(None, ["clients.target_modules=[['a', 'b'], 'all-linear']", "train.local_epochs=0.5", "model.name=x"])
+    config = Config.load(
+        None, ["clients.target_modules=[['a', 'b'], 'all-linear']", "train.local_epochs=0.5", "model.name=x"]
+    )
     assert RunFolder.create(tmp_path, config, {}).config() == config
 
 

@@ -20,7 +20,10 @@ def crash(reply):
 
 FAULTS = {
     "NaN": (lambda r: with_factor(r, "layer.q", nan), r"layer\.q must be finite"),
-    "wrong rank": (lambda r: with_factor(r, "layer.q", lambda d: d.first(1)), r"layer\.q must have shape \(6, 8\) and rank 3"),
+    "wrong rank": (
+        lambda r: with_factor(r, "layer.q", lambda d: d.first(1)),
+        r"layer\.q must have shape \(6, 8\) and rank 3",
+    ),
     "wrong shape": (
         lambda r: with_factor(r, "layer.v", lambda d: LowRankDelta(d.A, torch.ones(9, d.rank))),
         r"layer\.v must have shape \(4, 8\) and rank 3, got \(9, 8\)",
@@ -43,7 +46,9 @@ FAULTS = {
 def run(grid, rounds=2, **options):
     records = []
     options = {"clients": 4, "evaluate": "never"} | options
-    strategy = FederatedLoRA(on_round=lambda record, model, replies: records.append((record, model, replies)), **options)
+    strategy = FederatedLoRA(
+        on_round=lambda record, model, replies: records.append((record, model, replies)), **options
+    )
     strategy.run(grid, rounds)
     return strategy, records
 
@@ -68,7 +73,9 @@ def test_a_client_with_another_base_is_refused_by_name_and_the_run_goes_on():
     grid = fake_grid(RANKS, hello_faults={"cleo": lambda h: replace(h, base_hash="another")})
     _, records = run(grid)
     for record, _, _ in records:
-        assert record.refused == {"cleo": "base hash must be the-base, got another: use the same checkpoint as the server"}
+        assert record.refused == {
+            "cleo": "base hash must be the-base, got another: use the same checkpoint as the server"
+        }
         assert record.clients.keys() == {"ann", "bob", "dan"}
 
 

@@ -43,9 +43,7 @@ def test_flwr_run_gives_the_same_adapter(in_process, tiny_folder, tmp_path):
     home, out = tmp_path / "home", tmp_path / "run"
     home.mkdir()
     port = _free_port()
-    (home / "config.toml").write_text(
-        f'[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    (home / "config.toml").write_text(f'[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     environment = os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -58,7 +56,17 @@ def test_flwr_run_gives_the_same_adapter(in_process, tiny_folder, tmp_path):
     try:
         _wait_for_port(port, superlink)
         sizing = "num-supernodes=3 client-resources-num-cpus=1 client-resources-num-gpus=0.0"
-        flwr = [BIN / "flwr", "run", str(ROOT), "local", "--stream", "--run-config", overrides, "--federation-config", sizing]
+        flwr = [
+            BIN / "flwr",
+            "run",
+            str(ROOT),
+            "local",
+            "--stream",
+            "--run-config",
+            overrides,
+            "--federation-config",
+            sizing,
+        ]
         done = subprocess.run(flwr, env=environment, capture_output=True, text=True, timeout=280)
         assert (out / "adapter" / "adapter_model.safetensors").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
     finally:

@@ -33,7 +33,9 @@ simulate(out=out, resume=True) if resume else simulate(config, out=out)
 def what_counts(folder) -> list:
     """Everything in metrics.jsonl but the clock and the memory."""
     lines = RunFolder.open(folder).lines()
-    return json.loads(json.dumps(lines), object_hook=lambda d: {k: v for k, v in d.items() if k not in ("seconds", "peak_memory_mib")})
+    return json.loads(
+        json.dumps(lines), object_hook=lambda d: {k: v for k, v in d.items() if k not in ("seconds", "peak_memory_mib")}
+    )
 
 
 @pytest.mark.process
