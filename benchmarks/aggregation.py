@@ -28,10 +28,8 @@ def random_delta(rank: int) -> LowRankDelta:
 
 def stack_over_copy(modules: int = 8) -> tuple[str, float, float]:
     """(what, seconds of `stack`, seconds of a copy of the same bytes): FLoRA's ten ranks, some 4096 × 4096 modules."""
-    updates = [
-        ClientUpdate(f"c{k}", k + 1, {f"m{i}": random_delta(rank) for i in range(modules)})
-        for k, rank in enumerate(RANKS)
-    ]
+    adapters = [{f"m{i}": random_delta(rank) for i in range(modules)} for rank in RANKS]
+    updates = [ClientUpdate(f"c{k}", k + 1, adapter) for k, adapter in enumerate(adapters)]
     weights = client_weights(updates)
     factors = [f for u in updates for d in u.adapter.values() for f in (d.A, d.B)]
     return (

@@ -10,9 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corolla.adapters import AdapterSpec, attached, read_adapter, target_shapes
-from corolla.aggregation import FreshRows, fill_adapter
+from corolla.aggregation import FreshRows, GlobalModel, fill_adapter
 from corolla.client.protocol import Hello, Reply, Task
-from corolla.server.strategy import FederatedLoRA
+from corolla.server.strategy import FederatedLoRA, RoundRecord
 
 client, server = ClientApp(), ServerApp()
 BASE = "my-model-v1"  # whatever names your base: clients with another one are refused
@@ -57,12 +57,15 @@ def train(message: Message, context: Context) -> Message:
     return Message(Reply(name, order.round, order.model, BASE, 100, 5, adapter, metrics).pack(), reply_to=message)
 
 
+def report(record: RoundRecord, model: GlobalModel, replies: object) -> None:
+    """After each round: the loss of what the clients received."""
+    print(record.received_loss)
+
+
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Three rounds; the global model is strategy.model afterwards."""
-    strategy = FederatedLoRA(
-        "flora", clients=3, evaluate="never", on_round=lambda record, *_: print(record.received_loss)
-    )
+    strategy = FederatedLoRA("flora", clients=3, evaluate="never", on_round=report)
     strategy.run(grid, rounds=3)
 
 

@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_is_an_error_not_a_reply(tiny):
 
 
 def test_loss_is_of_the_answer_alone_and_does_not_depend_on_padding(tiny):
-    rows = examples(tiny, 3) + [encode(tiny.tokenizer, DataConfig(), {"prompt": "x" * 90, "completion": "y"})]
+    rows = [*examples(tiny, 3), encode(tiny.tokenizer, DataConfig(), {"prompt": "x" * 90, "completion": "y"})]
     alone = [mean_loss(tiny.model, tiny, [row]) * (len(row.input_ids) - len(row.prompt_ids)) for row in rows]
     counts = sum(len(row.input_ids) - len(row.prompt_ids) for row in rows)
     assert mean_loss(tiny.model, tiny, rows) == pytest.approx(sum(alone) / counts, rel=1e-5)
