@@ -14,14 +14,14 @@ TASKS = "tasks"
 """The data source that needs no file: instruction tasks generated from a seed (`corolla.client.tasks`)."""
 
 
-def _parse_targets(value: Any) -> Any:
+def parse_targets(value: Any) -> Any:
     """A JSON list in a string is a list: Flower's run config holds scalars only."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = json.loads(value)
     return tuple(value) if isinstance(value, list) else value
 
 
-Targets = Annotated[str | tuple[str, ...], BeforeValidator(_parse_targets)]
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(parse_targets)]
 
 
 class Section(BaseModel):
@@ -70,6 +70,7 @@ class DataConfig(Section):
         "auto", description="chat: the tokenizer's; plain: prompt, newline"
     )
     system: str | None = Field(None, description="system message before every prompt; unset: what the template does")
+    probe: int = Field(8, ge=1, description="held-out examples whose loss is taken before and after local training")
     max_new_tokens: int = Field(32, ge=1, description="longest answer in evaluation, in tokens")
     tasks_train: int = Field(64, ge=1, description="generated training examples per family")
     tasks_held_out: int = Field(10, ge=1, description="generated held-out examples per family")
@@ -134,9 +135,9 @@ def _parse_ranks(value: Any) -> Any:
 
 
 def _parse_target_list(value: Any) -> Any:
-    """As `_parse_targets`, for a list with one entry per client."""
+    """As `parse_targets`, for a list with one entry per client."""
     value = json.loads(value) if isinstance(value, str) and value else value
-    return tuple(_parse_targets(entry) for entry in value) if isinstance(value, list | tuple) else value
+    return tuple(parse_targets(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
 NODE = "node"

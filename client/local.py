@@ -7,15 +7,12 @@ from typing import Any
 
 from corolla.adapters import AdapterSpec, Base, attached, carrying, open_base, read_adapter, target_shapes
 from corolla.aggregation import FreshRows, Shapes, fill_adapter
-from corolla.client.config import ClientSettings
+from corolla.client.config import ClientSettings, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
 from corolla.client.evaluation import evaluate, mean_loss
 from corolla.client.protocol import Hello, Reply, Task
 from corolla.client.seeding import seed_of
 from corolla.client.training import train_round
-
-PROBE = 8
-"""Held-out examples whose loss is taken before and after local training."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Client:
             return answers.metrics() | {"held_out_loss": loss, "probe_loss": self._probe_loss(model)}
 
     def _probe_loss(self, model: Any) -> float:
-        return mean_loss(model.eval(), self.base, (self.data.held_out or self.data.train)[:PROBE])
+        return mean_loss(model.eval(), self.base, (self.data.held_out or self.data.train)[: self.settings.data.probe])
 
     def _examples(self, round_number: int) -> list[Any]:
         """This round's examples: a pure function of seed, client and round, whoever took part before."""
@@ -120,7 +117,7 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
             f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
         )
     base = open_base(name, model.dtype, model.device)
-    targets = node.get("target-modules", settings.clients.targets(partition))
+    targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
     examples = _load_data(base, client_id, partition, settings.model_copy(update={"data": data}))
     return Client(client_id, int(rank), targets, base, examples, settings.model_copy(update={"data": data}))
 

@@ -60,6 +60,8 @@ class Fleet:
             try:
                 if reply.has_error():
                     raise Rejected(reply.error.reason or f"error {reply.error.code}")
+                if str(reply.metadata.src_node_id) != node:
+                    raise Rejected(f"node {reply.metadata.src_node_id} answered in its place")
                 hellos.append((int(node), Hello.unpack(reply.content)))
             except ValueError as error:
                 self._refuse(f"node {node}", str(error))

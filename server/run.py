@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from corolla.adapters import base_hash, export_adapter, find_base, open_base, read_peft_folder, write_peft_folder
 from corolla.aggregation import AdapterState, Budget, GlobalModel, compress_adapter, whole, without_empty
-from corolla.server.config import Config
+from corolla.server.config import Config, ConfigError
 from corolla.server.folder import Checkpoint, RunFolder
 from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling, weighted_mean
 
@@ -38,12 +38,15 @@ class Recorder:
         self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
         self.progress(line)
 
-    def evaluation(self, round_number: int, clients: Mapping[str, Mapping[str, float]]) -> None:
+    def evaluation(
+        self, round_number: int, clients: Mapping[str, Mapping[str, float]], failed: Mapping[str, str]
+    ) -> None:
         """The line of an evaluation: every client's numbers, and their means by held-out examples."""
         mean = {
             name: weighted_mean(clients, name, "examples") for name in ("held_out_loss", "exact_match", "probe_loss")
         }
         line = {"kind": "evaluation", "round": round_number, "clients": dict(clients), "mean": mean}
+        line |= {"failed": dict(failed)}
         self.folder.append(line)
         self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
         self.progress(line)
@@ -59,14 +62,27 @@ def scores(lines: list[dict[str, Any]]) -> dict[int, float]:
 def prepare_folder(config: Config, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """The run's folder: new, or an existing one whose configuration gets this one's number of rounds.
 
-    Raises FileExistsError for a folder with a run in it where neither `resume` nor `overwrite` is said.
+    Raises FileExistsError for a folder with a run in it where neither `resume` nor `overwrite` is said, and
+    ConfigError for a resumed run whose other settings than those of [run] were changed.
     """
     path = Path(config.run.out)
     if not resume:
         return RunFolder.create(path, config, run_facts(config), overwrite)
     folder = RunFolder.open(path)
+    if folder.rounds():
+        _require_resumable(folder.config(), config)
     folder.write_config(config)
     return folder
+
+
+def _require_resumable(before: Config, now: Config) -> None:
+    """Raises ConfigError where a setting changed that the rounds done so far depend on."""
+    old, new = before.flat(), now.flat()
+    for key in new:
+        if new[key] != old[key] and (not key.startswith("run.") or key == "run.seed"):
+            raise ConfigError(
+                f"a resumed run keeps its {key} = {old[key]!r}, got {new[key]!r}: start a new run for that"
+            )
 
 
 def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress = lambda line: None) -> Path:

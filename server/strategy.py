@@ -71,7 +71,7 @@ class RoundRecord:
 
 
 OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
-OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]]], None]
+OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
 
 
 def weighted_mean(clients: Mapping[str, Mapping[str, Any]], name: str, weight: str) -> float | None:
@@ -87,7 +87,8 @@ class FederatedLoRA(Strategy):
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
     `min_replies` sound ones leave the model as it is. `on_round` is called after each round with the record, the
-    new model, and the accepted adapters, before the next round begins; `on_evaluation` after each evaluation.
+    new model, and the accepted adapters, before the next round begins; `on_evaluation` after each evaluation with
+    the clients' numbers, and the reason for every client that has none.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class FederatedLoRA(Strategy):
         rounds_done: int = 0,
         evaluated: Collection[int] = (),
         on_round: OnRound = lambda record, model, replies: None,
-        on_evaluation: OnEvaluation = lambda round_number, clients: None,
+        on_evaluation: OnEvaluation = lambda round_number, clients, failed: None,
     ) -> None:
         self.method = build_method(method) if isinstance(method, str) else method
         self.seed, self.weights, self.sampling = seed, weights, sampling
@@ -123,6 +124,7 @@ class FederatedLoRA(Strategy):
         self.on_round, self.on_evaluation = on_round, on_evaluation
         self._orders: dict[str, Order] = {}
         self._sent: dict[str, dict[str, Any]] = {}
+        self._evaluators: set[str] = set()
         self._cut_error = 0.0
         self._began = time.perf_counter()
 
@@ -259,8 +261,9 @@ class FederatedLoRA(Strategy):
                 if client in accepted:
                     raise Rejected("a client may reply once a round, got a second reply")
                 accepted[client] = reply
-                self._sent[client] |= {
+                self._sent[client] = {
                     **reply.metrics,
+                    **self._sent[client],
                     "num_examples": reply.num_examples,
                     "processed": reply.processed,
                     "bytes_up": adapter_bytes(message.content.array_records["adapter"]),
@@ -277,6 +280,10 @@ class FederatedLoRA(Strategy):
             raise Rejected(f"a reply must belong to an order of this round, got {message.metadata.group_id!r}")
         if message.has_error():
             raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
+        if message.metadata.src_node_id != self.fleet.node(client):
+            raise Rejected(
+                f"the order went to node {self.fleet.node(client)}, got {message.metadata.src_node_id}'s reply"
+            )
         reply = Reply.unpack(message.content)
         check_reply(reply, self.fleet.clients[client], self._orders[client])
         return reply
@@ -289,6 +296,7 @@ class FederatedLoRA(Strategy):
 
     def _evaluation_messages(self) -> list[Message]:
         model = self._model()
+        self._evaluators = set(self.fleet.clients)
         reduced, _ = cut(model, self.download)
         part = ClientShare(whole(reduced), {}, 0.0)
         order = self._order(self.rounds_done, 1, "", 0, model.digest(), part)
@@ -298,19 +306,21 @@ class FederatedLoRA(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean metrics, by held-out examples, of the clients that answered."""
-        found = self._evaluations(replies)
-        if not found:
-            return None
-        self.on_evaluation(self.rounds_done, found)
-        names = ("held_out_loss", "exact_match")
-        return MetricRecord({n: v for n in names if (v := weighted_mean(found, n, "examples")) is not None})
-
-    def _evaluations(self, replies: Iterable[Message]) -> dict[str, dict[str, float]]:
-        found = {}
+        found: dict[str, dict[str, float]] = {}
+        failed: dict[str, str] = {}
         for message in replies:
             client = message.metadata.group_id.partition(":")[2]
             if message.has_error():
-                log(30, "evaluation by %s failed: %s", client or "?", message.error.reason)
+                failed[client or "unknown"] = f"the client failed: {message.error.reason or message.error.code}"
             else:
                 found[client] = unpack_metrics(message.content)
-        return dict(sorted(found.items()))
+        for client in self._evaluators - found.keys() - failed.keys():
+            failed[client] = f"no reply within {self.deadline:g} s"
+        self._evaluators = set()
+        if not found and not failed:
+            return None
+        for client, reason in failed.items():
+            log(30, "evaluation by %s failed: %s", client, reason)
+        self.on_evaluation(self.rounds_done, dict(sorted(found.items())), dict(sorted(failed.items())))
+        names = ("held_out_loss", "exact_match")
+        return MetricRecord({n: v for n in names if (v := weighted_mean(found, n, "examples")) is not None})

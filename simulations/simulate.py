@@ -82,8 +82,8 @@ def simulate(
 
     `config` is a Config, a TOML file, nested tables, or None for the demo; `overrides` are `section.name=value`.
     With `resume`, `out` names a run that goes on where it stopped, with its own configuration and these overrides
-    (more rounds, say). Raises ConfigError, FileExistsError for a folder with a run in it, and RuntimeError where
-    no round succeeded.
+    of [run] (more rounds, say). Raises ConfigError, FileExistsError for a folder with a run in it, and RuntimeError
+    where no round succeeded.
     """
     settings = list(overrides) + ([f"run.out={json.dumps(str(out))}"] if out else [])
     if resume:
@@ -141,3 +141,5 @@ def _run_on_ray(config: Config, folder: RunFolder, watch: Watch) -> None:
     run_on_superlink(*apps, config.flat(), fleet, environment=environment, on_line=log.info)
     for line in folder.lines():
         watch.on_line(line)
+    if folder.rounds()[-1:] != [config.run.rounds]:
+        raise RuntimeError(f"the run on Ray must end after round {config.run.rounds}, got rounds {folder.rounds()}")

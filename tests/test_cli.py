@@ -21,8 +21,8 @@ def run(*arguments: object):
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    changes = {"train": {"local_steps": 12, "learning_rate": 3e-2}, "adapter": {"target_modules": "all-linear"}}
-    return simulate(tiny_config(tiny_folder, out, run={"alone": True, "rounds": 2}, **changes))
+    changes = {"train": {"local_steps": 40, "learning_rate": 1e-2}, "adapter": {"target_modules": "all-linear"}}
+    return simulate(tiny_config(tiny_folder, out, run={"rounds": 2, "evaluate": "never"}, **changes))
 
 
 def settings(config: Config) -> list[str]:
@@ -166,3 +166,9 @@ def test_a_run_on_another_base_is_refused(finished, tmp_path):
     done = run("export", copy.path, "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "the run was made on the base" in done.output.replace("\n", " ")
+
+
+def test_resume_takes_no_other_configuration(tmp_path):
+    done = run("simulate", "my.toml", "--resume", tmp_path)
+    assert done.exit_code == 1
+    assert "--set alone" in done.output

@@ -51,6 +51,9 @@ def _quiet(verbose: bool) -> None:
         level=level, format="%(message)s", datefmt="%X", handlers=[RichHandler(console=console, show_path=False)]
     )
     if not verbose:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         warnings.filterwarnings("ignore")
         for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -109,8 +112,11 @@ def simulate(
         from corolla.simulations.simulate import Watch, load_config
         from corolla.simulations.simulate import simulate as run_simulation
 
-        if resume:
-            out = resume
+        if resume and (config or out or overwrite):
+            raise ValueError(
+                "--resume goes on with a run and its own configuration: give changes of [run] by --set alone"
+            )
+        out = resume or out
         chosen = RunFolder.open(resume).config() if resume else load_config(config, settings or ())
         with _progress(chosen) as watch:
             run = run_simulation(

@@ -167,3 +167,37 @@ def test_the_reply_of_an_unknown_message_changes_nothing():
     assert not accepted
     assert quarantined.keys() == set(RANKS)
     assert strategy.model is model
+
+
+def test_a_client_cannot_answer_for_another():
+    from flwr.app import Message
+
+    grid = fake_grid(RANKS)
+    answer = grid._answer
+
+    def forged(message: Message) -> Message:
+        reply = answer(message)
+        if reply.metadata.group_id.endswith(":bob"):
+            reply.metadata.__dict__["_src_node_id"] = 1003
+        return reply
+
+    grid._answer = forged
+    _, records = run(grid, rounds=1)
+    assert records[0][0].quarantined == {"bob": "the order went to node 1001, got 1003's reply"}
+
+
+def test_a_failed_evaluation_is_recorded_with_its_reason():
+    seen = []
+    strategy = FederatedLoRA(clients=4, on_evaluation=lambda *what: seen.append(what))
+    strategy.run(fake_grid(RANKS), 1)  # these fakes cannot evaluate
+    assert [round_number for round_number, _, _ in seen] == [0, 1]
+    assert all(failed.keys() == set(RANKS) and not found for _, found, failed in seen)
+    assert "the client failed" in seen[0][2]["ann"]
+
+
+def test_numbers_of_a_client_do_not_replace_those_of_the_server():
+    faults = {"ann": lambda r: replace(r, metrics={"rank": 99.0, "bytes_down": 1.0, "weight": 7.0, "train_loss": 1.0})}
+    _, records = run(fake_grid(RANKS, faults), rounds=1)
+    ann = records[0][0].clients["ann"]
+    assert (ann["rank"], ann["bytes_down"]) == (4, 0)
+    assert ann["weight"] == pytest.approx(4 / 14)

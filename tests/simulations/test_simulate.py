@@ -155,3 +155,10 @@ def test_impossible_combinations_are_refused_before_any_training(tiny_folder, tm
     with pytest.raises(ValueError, match="fedit averages clients of one rank"):
         simulate(config)
     assert simulate(out=tmp_path, resume=True, overrides=["aggregation.method=zero-padding"]).metrics
+
+
+def test_a_resumed_run_keeps_what_its_rounds_depend_on(tiny_folder, tmp_path):
+    simulate(tiny_config(tiny_folder, tmp_path, run={"rounds": 1, "evaluate": "never"}))
+    with pytest.raises(ValueError, match=r"keeps its aggregation\.method = 'flora', got 'warm'"):
+        simulate(out=tmp_path, resume=True, overrides=["run.rounds=2", "aggregation.method=warm"])
+    assert simulate(out=tmp_path, resume=True, overrides=["run.rounds=2"]).model.round == 2
