@@ -14,6 +14,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours is rich's
 
 import typer
 from rich.console import Console
@@ -184,10 +185,10 @@ def _describe(line: Any) -> str:
 def _table(comparison: "Comparison", config: "Config") -> Table:
     """Exact match in percent: a row a group, a column a model."""
     table = Table(title="Exact match on held-out examples, %", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for position, column in enumerate(comparison.columns):
         rank = config.clients.rank(position - 1) if column not in ("base", "global") else None
-        table.add_column(f"{column}\nalone, rank {rank}" if rank else column, justify="right")
+        table.add_column(f"{column}\nalone\nrank {rank}" if rank else column, justify="right")
     for group in comparison.groups:
         table.add_row(group, *(f"{100 * values[group]:.0f}" for values in comparison.columns.values()))
     table.add_section()
