@@ -3,19 +3,21 @@
 import json
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from corolla import simulate
-from corolla.cli import app
+from corolla import cli, simulate
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 from tests.simulations.federation import tiny_config
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
+    with patch.object(cli, "console", Console(width=160)):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_simulate_prints_rounds_and_a_table(tiny_folder, tmp_path):
         "round 2",
         "(exact)",
         "client-001",
-        "alone, rank 4",
+        "rank 4",
         "average",
         "held-out loss",
     ):
