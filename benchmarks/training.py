@@ -51,7 +51,8 @@ def _client(base: Base, config: Config, examples: list[Example]) -> None:
 
 def _bare(base: Base, config: Config, examples: list[Example]) -> None:
     train: TrainConfig = config.train
-    lora = LoraConfig(r=16, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    targets = config.adapter.target_modules
+    lora = LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")
     model: Any = get_peft_model(base.model, lora)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(

@@ -1,0 +1,1 @@
+"""What the server does: the configuration, the Flower strategy, validation, and the folder of a run."""
