@@ -71,7 +71,7 @@ def find_base(name: str) -> Source:
         raise FileNotFoundError(f"model.name must be a hub id, a folder or a .gguf file, got {name}: no such path")
     try:
         return Source(name, Path(snapshot_download(name, allow_patterns=[*IDENTITY, "generation_config.json"])))
-    except Exception as error:
+    except Exception as error:  # the hub's client has many kinds of failure; the cure is one, and the cause is kept
         raise FileNotFoundError(
             f"model.name {name!r} is neither a local path nor on the hub ({type(error).__name__}: {error}): "
             "give a local folder, or download it once with HF_HUB_OFFLINE unset"

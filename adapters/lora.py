@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
-from corolla.aggregation import AdapterState, LowRankDelta, Shapes, ranks
+from corolla.aggregation import AdapterState, LowRankDelta, ranks
 
 LOCAL, MERGED = "local", "merged"
 """The names of the trainable adapter and of the frozen one beside it."""
@@ -194,8 +194,3 @@ def _set_requires_grad(model: PeftModel, trains: Collection[str]) -> None:
         for layer in _layers(model, LOCAL).values():
             for factor, parameter in zip("AB", _factors(layer, LOCAL), strict=True):
                 parameter.requires_grad_(factor in trains)
-
-
-def shapes_of(adapter: AdapterState) -> Shapes:
-    """Module name -> (out, in) of an adapter."""
-    return {module: delta.shape for module, delta in adapter.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from corolla.aggregation.lowrank import adapter_norm, add, add_adapters, distance, double, ranks, scale
+from corolla.aggregation.lowrank import adapter_norm, add, distance, double, ranks, scale
 from corolla.aggregation.state import AdapterState, Certificate, ClientUpdate, LowRankDelta
 
 EXACT = 1e-6
@@ -71,8 +71,3 @@ def certify(
 def _hollow(adapter: AdapterState) -> AdapterState:
     """The same modules and ranks with B = 0: what is left of M is Σ p_k T_k."""
     return {module: LowRankDelta(delta.A, torch.zeros_like(delta.B)) for module, delta in adapter.items()}
-
-
-def outcome_of(merge: AdapterState, start: AdapterState) -> dict[str, LowRankDelta]:
-    """merge + start', the change that a round made to the model counted from base + merged."""
-    return add_adapters(merge, start)

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from corolla.aggregation.exact import certify, exact_mean, outcome_of
-from corolla.aggregation.lowrank import add, compress, without_empty, zeros
+from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.lowrank import add, add_adapters, compress, without_empty, zeros
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import shared_start
 from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, LowRankDelta
@@ -21,7 +21,7 @@ def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], mo
     parts = {module: split(delta, model.start[module].rank) for module, delta in mean.items()}
     start = {module: top for module, (top, _) in parts.items()}
     merge = without_empty({module: rest for module, (_, rest) in parts.items()})
-    proof = certify(outcome_of(merge, start), updates, weights, model.start, claim="the mean, split by its SVD")
+    proof = certify(add_adapters(merge, start), updates, weights, model.start, claim="the mean, split by its SVD")
     return GlobalUpdate(merge, start, proof)
 
 

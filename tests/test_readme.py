@@ -24,6 +24,7 @@ def test_every_command_parses(line):
     _, name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
     context = command.make_context(name, arguments)
+    assert context.args == []
     for setting in context.params.get("settings") or ():
         load_config(None, [setting])
 
