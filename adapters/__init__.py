@@ -1,9 +1,20 @@
 """Bases and adapters: the only folder that knows PEFT's and transformers' models by name."""
 
 from corolla.adapters.base import DEMO, Base, Source, base_hash, find_base, open_base
+from corolla.adapters.carry import carrying
+from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import read_peft_folder, write_peft_folder
-from corolla.adapters.lora import LOCAL, MERGED, attached, carrying, read_adapter, target_shapes, write_adapter
+from corolla.adapters.lora import (
+    LOCAL,
+    MERGED,
+    attached,
+    read_adapter,
+    tail_penalty,
+    target_shapes,
+    write_adapter,
+)
+from corolla.adapters.principal import principal_components
 from corolla.adapters.spec import AdapterSpec
 
 __all__ = [
@@ -16,12 +27,16 @@ __all__ = [
     "attached",
     "base_hash",
     "carrying",
+    "dense_beside",
     "export_adapter",
     "export_merged",
     "find_base",
     "open_base",
+    "principal_components",
     "read_adapter",
+    "read_dense",
     "read_peft_folder",
+    "tail_penalty",
     "target_shapes",
     "write_adapter",
     "write_peft_folder",

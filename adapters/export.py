@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.base import Base, load_model
+from corolla.adapters.carry import carrying
 from corolla.adapters.folder import write_peft_folder
-from corolla.adapters.lora import attached
-from corolla.aggregation import AdapterState
+from corolla.aggregation import AdapterState, low_rank
 
 AGREES = 1e-4
 """Largest relative difference of logits that a written export may have to the running model, in float32."""
@@ -22,10 +22,12 @@ AGREES = 1e-4
 def export_adapter(base: Base, adapter: AdapterState, folder: Path) -> float:
     """Writes a PEFT folder (alpha = r), reloads it with plain PEFT, and returns the relative error of its logits.
 
-    Raises RuntimeError where they differ by more than 1e-4 (float32; 5e-2 in half precision) from the running model's.
+    Raises RuntimeError where they differ by more than 1e-4 (float32; 5e-2 in half precision) from the running model's,
+    ValueError for a change that is not low-rank: `export_merged` writes that.
     """
+    factors = low_rank(adapter)
     expected = running_logits(base, adapter)
-    write_peft_folder(adapter, folder, base.source.name, has_conv1d(base.model, adapter))
+    write_peft_folder(factors, folder, base.source.name, has_conv1d(base.model, adapter))
     model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     try:
         error = _difference(_logits(model, base), expected)
@@ -88,7 +90,7 @@ def has_conv1d(model: nn.Module, adapter: AdapterState) -> bool:
 
 def running_logits(base: Base, adapter: AdapterState) -> Tensor:
     """The logits of base + adapter on the probe, with the adapter as the run has it: frozen beside the base."""
-    with attached(base.model, None, frozen=adapter) as model:
+    with carrying(base.model, adapter) as model:
         return _logits(model.eval(), base)
 
 

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from corolla.adapters.lora import PREFIX
 from corolla.adapters.spec import refuse_unsupported
-from corolla.aggregation import AdapterState, LowRankDelta, add, ranks, zeros
+from corolla.aggregation import LowRankDelta, LowRankState, ranks, zeros
+from corolla.aggregation.lowrank import add
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def write_peft_folder(adapter: AdapterState, folder: Path, base_name: str, fan_in_fan_out: bool = False) -> Path:
+def write_peft_folder(adapter: LowRankState, folder: Path, base_name: str, fan_in_fan_out: bool = False) -> Path:
     """Writes `adapter` so that `PeftModel.from_pretrained(base, folder)` computes base + B @ A, and returns the folder.
 
     alpha = r, so the scaling is 1 and no reader can get it wrong; modules of smaller rank are padded with zeros to

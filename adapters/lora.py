@@ -1,5 +1,6 @@
 """LoRA factors in and out of a live model. The only place where the scaling enters and leaves B."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
-from corolla.aggregation import AdapterState, LowRankDelta, ranks
+from corolla.aggregation import LowRankDelta, LowRankState, ranks
 
 LOCAL, MERGED = "local", "merged"
 """The names of the trainable adapter and of the frozen one beside it."""
@@ -62,7 +63,7 @@ def read_adapter(model: PeftModel, name: str = LOCAL) -> dict[str, LowRankDelta]
 
 
 @torch.no_grad()
-def write_adapter(model: PeftModel, adapter: AdapterState, name: str = LOCAL) -> None:
+def write_adapter(model: PeftModel, adapter: LowRankState, name: str = LOCAL) -> None:
     """Sets the factors of adapter `name` in place, s taken out of B, and reads them back.
 
     Exactly the modules and shapes that the model has must come: raises ValueError with the missing, the unknown and
@@ -78,7 +79,7 @@ def write_adapter(model: PeftModel, adapter: AdapterState, name: str = LOCAL) ->
     _require_same(adapter, read_adapter(model, name), layers, name)
 
 
-def _require_fit(layers: Mapping[str, LoraLayer], adapter: AdapterState, name: str) -> None:
+def _require_fit(layers: Mapping[str, LoraLayer], adapter: LowRankState, name: str) -> None:
     if missing := sorted(layers.keys() - adapter.keys()):
         raise ValueError(f"adapter {name!r} needs every module of the model, got none for {_some(missing)}")
     if unknown := sorted(adapter.keys() - layers.keys()):
@@ -90,7 +91,7 @@ def _require_fit(layers: Mapping[str, LoraLayer], adapter: AdapterState, name: s
             raise ValueError(f"{module} of adapter {name!r} needs A and B of shapes {wanted}, got {got}")
 
 
-def _require_same(sent: AdapterState, loaded: AdapterState, layers: Mapping[str, LoraLayer], name: str) -> None:
+def _require_same(sent: LowRankState, loaded: LowRankState, layers: Mapping[str, LoraLayer], name: str) -> None:
     """Entry by entry, to the rounding of the layer's own precision."""
     for module, layer in layers.items():
         rounding = 4 * torch.finfo(_factors(layer, name)[0].dtype).eps
@@ -102,6 +103,18 @@ def _require_same(sent: AdapterState, loaded: AdapterState, layers: Mapping[str,
                     f"{factor} of {module} was loaded with an error of {error:.2e}: "
                     "the model does not hold what was sent"
                 )
+
+
+def tail_penalty(model: PeftModel, keep: float, name: str = LOCAL) -> torch.Tensor:
+    """Σ over modules of s ‖B[:, c:]‖_F ‖A[c:]‖_F, c = max(1, ⌊keep · r⌋): a scalar with gradients."""
+    total = torch.zeros(())
+    for layer in _layers(model, name).values():
+        a, b = _factors(layer, name)
+        first = max(1, math.floor(keep * a.shape[0]))
+        if first < a.shape[0]:
+            size = layer.scaling[name] * torch.linalg.matrix_norm(b[:, first:]) * torch.linalg.matrix_norm(a[first:])
+            total = total.to(size.device) + size
+    return total
 
 
 def _some(names: Collection[str], most: int = 4) -> str:
@@ -122,8 +135,8 @@ def target_shapes(base: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, in
 def attached(
     base: nn.Module,
     spec: AdapterSpec | None,
-    start: AdapterState | None = None,
-    frozen: AdapterState | None = None,
+    start: LowRankState | None = None,
+    frozen: LowRankState | None = None,
     trains: Collection[str] = ("A", "B"),
 ) -> Iterator[PeftModel]:
     """`base` with the trainable adapter `local` at `start` and, beside it, the frozen `merged`; both act.
@@ -156,22 +169,12 @@ def attached(
             base.__dict__.pop(attribute, None)
 
 
-@contextmanager
-def carrying(base: nn.Module, frozen: AdapterState) -> Iterator[nn.Module]:
-    """`base` with `frozen` acting beside it, or the base itself where there is nothing to carry."""
-    if not frozen:
-        yield base
-        return
-    with attached(base, None, frozen=frozen) as model:
-        yield model
-
-
-def _configs(spec: AdapterSpec | None, frozen: AdapterState | None) -> dict[str, LoraConfig]:
+def _configs(spec: AdapterSpec | None, frozen: LowRankState | None) -> dict[str, LoraConfig]:
     configs = {} if spec is None else {LOCAL: spec.to_peft()}
     return configs | ({MERGED: frozen_config(frozen)} if frozen else {})
 
 
-def frozen_config(adapter: AdapterState) -> LoraConfig:
+def frozen_config(adapter: LowRankState) -> LoraConfig:
     """A PEFT configuration with scaling 1 for exactly these modules, each with its own rank."""
     pattern = {module.replace(".", r"\."): rank for module, rank in ranks(adapter).items()}
     widest = max(pattern.values())

@@ -1,13 +1,9 @@
-"""Aggregation of low-rank adapters: pure functions on frozen values, on torch alone.
+"""Aggregation of adapters: pure functions on frozen values, on torch alone.
 
-`flora`, `warm`, `fedit` and `zero-padding` are in `AGGREGATORS`; `stack` is FLoRA's sum by itself.
+The methods are in `AGGREGATORS`, one file each in `methods`; `stack` is FLoRA's sum by itself.
 """
 
-from corolla.aggregation.averaging import average_by_position
-from corolla.aggregation.exact import certify, exact_mean
-from corolla.aggregation.flora import stack
-from corolla.aggregation.lowrank import (
-    Budget,
+from corolla.aggregation.algebra import (
     adapter_norm,
     add,
     add_adapters,
@@ -20,26 +16,37 @@ from corolla.aggregation.lowrank import (
     scale_adapter,
     singular_values,
     without_empty,
-    zeros,
 )
+from corolla.aggregation.delta import (
+    AdapterState,
+    Delta,
+    DenseDelta,
+    LowRankDelta,
+    LowRankState,
+    delta_of,
+    low_rank,
+)
+from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
+from corolla.aggregation.methods.flora import stack
+from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
-from corolla.aggregation.start import FreshRows, fill, fill_adapter
+from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
 from corolla.aggregation.state import (
-    AdapterState,
     Certificate,
     ClientRule,
     ClientUpdate,
     GlobalModel,
     GlobalUpdate,
-    LowRankDelta,
     Shapes,
 )
 from corolla.aggregation.weights import WEIGHTS, client_weights
 
 __all__ = [
     "AGGREGATORS",
+    "OPTIMIZERS",
     "WEIGHTS",
     "AdapterState",
     "Budget",
@@ -47,27 +54,33 @@ __all__ = [
     "ClientRule",
     "ClientShare",
     "ClientUpdate",
+    "Delta",
+    "DenseDelta",
     "FreshRows",
     "GlobalModel",
     "GlobalUpdate",
     "LowRankDelta",
+    "LowRankState",
     "Method",
+    "Principal",
     "Shapes",
     "adapter_norm",
     "add",
     "add_adapters",
     "advance",
-    "average_by_position",
     "build_method",
     "certify",
     "client_weights",
     "compress",
     "compress_adapter",
     "cut",
+    "delta_of",
     "distance",
     "exact_mean",
     "fill",
     "fill_adapter",
+    "low_rank",
+    "no_principal",
     "norm",
     "ranks",
     "scale",
@@ -76,6 +89,7 @@ __all__ = [
     "singular_values",
     "stack",
     "whole",
+    "with_optimizer",
     "without_empty",
     "zeros",
 ]

@@ -1,73 +1,97 @@
 """The exact outcome of a round, and the proof that a method reached it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from corolla.aggregation.lowrank import adapter_norm, add, distance, double, ranks, scale
-from corolla.aggregation.state import AdapterState, Certificate, ClientUpdate, LowRankDelta
+from corolla.aggregation.algebra import adapter_norm, add, module_distance, norm, ranks, scale
+from corolla.aggregation.delta import AdapterState, Delta, LowRankDelta, LowRankState
+from corolla.aggregation.state import Certificate, ClientUpdate
 
 EXACT = 1e-6
 """Largest relative error that float32 rounding of factors may leave."""
 
 
-def exact_mean(
-    updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: AdapterState
-) -> dict[str, LowRankDelta]:
-    """M = Σ_k p_k (L_k + T_k) in float64 factors, in client-id order: `[p_k B_k …, B_S diag(q)] @ [A_k …; A_S]`.
+def in_order(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """By client id: the order in which every sum runs."""
+    return sorted(updates, key=lambda update: update.client_id)
+
+
+def modules_of(updates: Sequence[ClientUpdate], start: AdapterState) -> list[str]:
+    """Every module that a client or the start holds, sorted."""
+    return sorted({module for update in updates for module in update.adapter} | set(start))
+
+
+def exact_mean(updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState) -> dict[str, Delta]:
+    """M = Σ_k p_k (L_k + T_k) in float64, in client-id order: `[p_k B_k …, B_S diag(q)] @ [A_k …; A_S]`.
 
     T_k, the components of the start S that client k does not hold, is put back with q_i = Σ p_k over the clients
     that lack component i, so M = S + Σ p_k (L_k − S_k): where nobody moves, M = S. With an empty start this is
     FLoRA's stack (arXiv:2409.05976), and a module that only some clients adapt is summed over those.
     """
-    ordered = sorted(updates, key=lambda update: update.client_id)
-    modules = sorted({module for update in ordered for module in update.adapter} | set(start))
-    mean = {}
-    for module in modules:
-        parts = [scale(u.adapter[module].double(), weights[u.client_id]) for u in ordered if module in u.adapter]
-        if module in start:
-            parts.append(_put_back(start[module].double(), module, ordered, weights))
-        mean[module] = add(parts)
-    return mean
+    return {module: module_mean(module, updates, weights, start) for module in modules_of(updates, start)}
 
 
-def _put_back(
+def module_mean(
+    module: str, updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
+) -> Delta:
+    """M of one module, in float64."""
+    return add([scale(part.double(), weight) for part, weight in mean_parts(module, updates, weights, start)])
+
+
+def mean_parts(
+    module: str, updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
+) -> list[tuple[Delta, float]]:
+    """The changes that M of one module is the weighted sum of: (L_k, p_k) by client, and Σ p_k T_k."""
+    parts: list[tuple[Delta, float]] = [
+        (u.adapter[module], weights[u.client_id]) for u in in_order(updates) if module in u.adapter
+    ]
+    if module in start:
+        parts.append((remainder(start[module], module, updates, weights), 1.0))
+    return parts
+
+
+def remainder(
     start: LowRankDelta, module: str, updates: Sequence[ClientUpdate], weights: Mapping[str, float]
 ) -> LowRankDelta:
     """Σ_k p_k T_k of one module: the start's components, each times the weight of the clients without it."""
     q = torch.zeros(start.rank, dtype=torch.float64)
-    for update in updates:
+    for update in in_order(updates):
         held = update.adapter[module].rank if module in update.adapter else 0
         q[held:] += weights[update.client_id]
     lacking = q > 0
-    return LowRankDelta(start.A[lacking], start.B[:, lacking] * q[lacking])
+    return LowRankDelta(start.A[lacking], (start.B[:, lacking].double() * q[lacking]).to(start.B.dtype))
 
 
 def certify(
     outcome: AdapterState,
     updates: Sequence[ClientUpdate],
     weights: Mapping[str, float],
-    start: AdapterState,
+    start: LowRankState,
     claim: str = "",
     reason: str = "",
 ) -> Certificate:
-    """How far `outcome` (merge + start') is from M, by QR in float64.
+    """How far `outcome` (merge + start') is from M, by QR in float64, one module at a time.
 
     The error is relative to Σ p_k ‖L_k‖_F + ‖Σ p_k T_k‖_F, since M itself may cancel. A method that claims
     exactness says why in `claim`; one that does not gives `reason`. A claim that the numbers contradict is reported
     as not exact.
     """
-    target = exact_mean(updates, weights, start)
-    error = distance(outcome, target)
-    put_back = exact_mean([ClientUpdate(u.client_id, 0, _hollow(u.adapter)) for u in updates], weights, start)
-    size = sum(weights[u.client_id] * adapter_norm(double(u.adapter)) for u in updates) + adapter_norm(put_back)
-    relative = error / size if size else error
+    error, put_back = 0.0, 0.0
+    for module in sorted({*modules_of(updates, start), *outcome}):
+        target = {module: module_mean(module, updates, weights, start)} if _known(module, updates, start) else {}
+        error += module_distance(module, outcome, target) ** 2
+        if module in start:
+            put_back += norm(remainder(start[module], module, updates, weights)) ** 2
+    size = sum(weights[u.client_id] * adapter_norm(u.adapter) for u in updates) + math.sqrt(put_back)
+    relative = math.sqrt(error) / size if size else math.sqrt(error)
     exact = bool(claim) and relative <= EXACT
     if claim and not exact:
         reason = f"claimed exact ({claim}), but the error is {relative:.1e} of the sum"
-    return Certificate(exact, error, relative, max(ranks(outcome).values(), default=0), claim if exact else reason)
+    rank = max(ranks(outcome).values(), default=0)
+    return Certificate(exact, math.sqrt(error), relative, rank, claim if exact else reason)
 
 
-def _hollow(adapter: AdapterState) -> AdapterState:
-    """The same modules and ranks with B = 0: what is left of M is Σ p_k T_k."""
-    return {module: LowRankDelta(delta.A, torch.zeros_like(delta.B)) for module, delta in adapter.items()}
+def _known(module: str, updates: Sequence[ClientUpdate], start: LowRankState) -> bool:
+    return module in start or any(module in update.adapter for update in updates)

@@ -4,14 +4,13 @@ Sums are concatenations; norms and the best approximation come from two QR facto
 a small core. QR, SVD and norms run in float64 and are cast to float32 once.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from corolla.aggregation.state import AdapterState, LowRankDelta
+from corolla.aggregation.delta import Delta, LowRankDelta
 
 ZERO = 1e-7
 """A singular value below ZERO · σ_1 is float32 rounding, not signal, and is dropped."""
@@ -32,6 +31,15 @@ class Budget:
             raise ValueError(f"max_error must be in [0, 1), got {self.max_error}: it is a relative Frobenius error")
 
 
+def require_one_shape(deltas: Sequence[Delta]) -> None:
+    """Raises ValueError for no delta, or for deltas of different (out, in)."""
+    if not deltas:
+        raise ValueError("add needs at least one delta, got none")
+    shapes = {delta.shape for delta in deltas}
+    if len(shapes) > 1:
+        raise ValueError(f"deltas of one module must share (out, in), got {sorted(shapes)}")
+
+
 def zeros(out_features: int, in_features: int, rank: int = 0) -> LowRankDelta:
     """The delta that changes nothing: B (out, rank) and A (rank, in) of zeros."""
     return LowRankDelta(torch.zeros(rank, in_features), torch.zeros(out_features, rank))
@@ -47,23 +55,31 @@ def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
 
     Raises ValueError for no delta, or for deltas of different (out, in).
     """
-    if not deltas:
-        raise ValueError("add needs at least one delta, got none")
-    shapes = {delta.shape for delta in deltas}
-    if len(shapes) > 1:
-        raise ValueError(f"deltas of one module must share (out, in), got {sorted(shapes)}")
+    require_one_shape(deltas)
     return LowRankDelta(torch.cat([d.A for d in deltas]), torch.cat([d.B for d in deltas], dim=1))
 
 
-def add_adapters(*adapters: AdapterState) -> dict[str, LowRankDelta]:
-    """The module-wise sum; a module that only some hold is summed over those. Names come back sorted."""
-    modules = sorted({module for adapter in adapters for module in adapter})
-    return {module: add([a[module] for a in adapters if module in a]) for module in modules}
+def weighted_stack(parts: Sequence[tuple[LowRankDelta, float]]) -> LowRankDelta:
+    """Σ w_i ΔW_i by concatenation in the dtype of the first: `[w_1 B_1 …] @ [A_1; …]`, each entry rounded once.
+
+    Every factor is written straight into its place, so it costs little more than a copy of the bytes.
+    """
+    require_one_shape([delta for delta, _ in parts])
+    rank, first = sum(delta.rank for delta, _ in parts), parts[0][0]
+    a, b = first.A.new_empty(rank, first.shape[1]), first.B.new_empty(first.shape[0], rank)
+    at = 0
+    for delta, weight in parts:
+        a[at : at + delta.rank] = delta.A
+        torch.mul(delta.B, weight, out=b[:, at : at + delta.rank])
+        at += delta.rank
+    return LowRankDelta(a, b)
 
 
-def scale_adapter(adapter: AdapterState, factor: float) -> dict[str, LowRankDelta]:
-    """factor · ΔW for every module."""
-    return {module: scale(delta, factor) for module, delta in adapter.items()}
+def distance(one: LowRankDelta, other: LowRankDelta) -> float:
+    """‖one − other‖_F by QR in float64. Where both have the same A, as a stack and its target do, B tells it all."""
+    if one.rank == other.rank and torch.equal(one.A, other.A):
+        return norm(LowRankDelta(one.A.double(), one.B.double() - other.B.double()))
+    return norm(add([one.double(), scale(other.double(), -1.0)]))
 
 
 def _core(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,21 +100,6 @@ def singular_values(delta: LowRankDelta) -> Tensor:
 def norm(delta: LowRankDelta) -> float:
     """‖B A‖_F by QR in float64: right down to rounding, where a Gram matrix loses half the digits."""
     return float(torch.linalg.norm(_core(delta)[1])) if delta.rank else 0.0
-
-
-def adapter_norm(adapter: AdapterState) -> float:
-    """The Frobenius norm over all modules together."""
-    return math.sqrt(sum(norm(delta) ** 2 for delta in adapter.values()))
-
-
-def double(adapter: AdapterState) -> dict[str, LowRankDelta]:
-    """The same adapter in float64."""
-    return {module: delta.double() for module, delta in adapter.items()}
-
-
-def distance(one: AdapterState, other: AdapterState) -> float:
-    """‖one − other‖_F over all modules, in float64; a module that one of them lacks counts as zero there."""
-    return adapter_norm(add_adapters(double(one), scale_adapter(double(other), -1.0)))
 
 
 def kept(sigma: Tensor, budget: Budget, floor: float = 0.0) -> int:
@@ -135,17 +136,8 @@ def compress(delta: LowRankDelta, budget: Budget = Budget()) -> tuple[LowRankDel
     return LowRankDelta(a, b).single(), float(sigma[rank:].square().sum().sqrt())
 
 
-def compress_adapter(adapter: AdapterState, budget: Budget) -> tuple[dict[str, LowRankDelta], float]:
-    """Every module within `budget`; a module left with rank 0 is kept as such. Also ‖error‖_F over all modules."""
-    results = {module: compress(delta, budget) for module, delta in adapter.items()}
-    return {m: delta for m, (delta, _) in results.items()}, sum(err**2 for _, err in results.values()) ** 0.5
-
-
-def without_empty(adapter: AdapterState) -> dict[str, LowRankDelta]:
-    """The modules of rank above 0."""
-    return {module: delta for module, delta in adapter.items() if delta.rank}
-
-
-def ranks(adapter: AdapterState) -> Mapping[str, int]:
-    """Module name -> rank."""
-    return {module: delta.rank for module, delta in adapter.items()}
+def split(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, LowRankDelta]:
+    """ΔW as (its top `rank` components, the rest), both in float32; the first is padded with zeros up to `rank`."""
+    ordered, _ = compress(delta)
+    top = ordered.first(rank)
+    return add([top, zeros(*delta.shape, rank - top.rank)]), ordered.after(rank)

@@ -1,27 +1,35 @@
-"""What a method is: a value with three parts, and whether it can mix ranks."""
+"""What a method is: a value with three parts, and what it asks of a federation."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from corolla.aggregation.start import Principal
 from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, Shapes
+
+Aggregate = Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], GlobalUpdate]
+"""(updates, client id -> p_k, model) -> one round's outcome: a pure function."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to aggregate.
 
-    `initial(shapes, max_rank, seed)` is the model before round 1; `constrain(round)` says what clients may train;
-    `aggregate(updates, weights, model)` is one round's outcome, a pure function of its arguments. Where
-    `mixed_ranks` is false, all clients must have one rank and one set of modules; with a `common_start` the server
-    hands out A from round one, so clients cannot draw their own.
+    `initial(shapes, max_rank, seed, principal)` is the model before round 1; `constrain(round)` says what clients may
+    train; `aggregate(updates, weights, model)` is one round's outcome. Where `mixed_ranks` is false, all clients must
+    have one rank and one set of modules; with a `common_start` the server hands out A from round one, so clients
+    cannot draw their own. `foreign` says why the method cannot be judged on replies that other methods' clients made
+    (empty: it changes the server alone); `linear` are the factors in which the global model is linear and whose
+    coordinates last over rounds.
     """
 
     name: str
-    initial: Callable[[Shapes, int, int], GlobalModel]
+    initial: Callable[[Shapes, int, int, Principal], GlobalModel]
     constrain: Callable[[int], ClientRule]
-    aggregate: Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], GlobalUpdate]
+    aggregate: Aggregate
     mixed_ranks: bool = True
     common_start: bool = False
+    foreign: str = ""
+    linear: frozenset[str] = frozenset()
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""
@@ -34,4 +42,19 @@ class Method:
             raise ValueError(
                 f"{self.name} averages clients with the same modules, got different ones ({counts}): "
                 "use flora or zero-padding"
+            )
+
+
+def require_one_rank(name: str, updates: Sequence[ClientUpdate]) -> None:
+    """Raises ValueError naming the first client whose modules or ranks differ from the others'."""
+    first = updates[0]
+    expected = {module: delta.rank for module, delta in first.adapter.items()}
+    for update in updates[1:]:
+        got = {module: delta.rank for module, delta in update.adapter.items()}
+        if got != expected:
+            differing = sorted(m for m in expected.keys() | got.keys() if expected.get(m) != got.get(m))[0]
+            raise ValueError(
+                f"{name} averages clients of one rank, got rank {expected.get(differing, 'none')} from "
+                f"{first.client_id} and {got.get(differing, 'none')} from {update.client_id} for {differing}; "
+                "use flora or zero-padding for mixed ranks or modules"
             )

@@ -3,15 +3,18 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from corolla.aggregation.lowrank import (
-    Budget,
+from corolla.aggregation.algebra import (
     adapter_norm,
     add_adapters,
+    compress,
     compress_adapter,
+    norm,
     ranks,
     without_empty,
 )
-from corolla.aggregation.state import AdapterState, Certificate, ClientRule, GlobalModel, GlobalUpdate
+from corolla.aggregation.delta import AdapterState, LowRankState
+from corolla.aggregation.lowrank import Budget
+from corolla.aggregation.state import Certificate, ClientRule, GlobalModel, GlobalUpdate
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,14 @@ class ClientShare:
     """
 
     frozen: AdapterState
-    start: AdapterState
+    start: LowRankState
     dropped: float
 
     @property
     def nbytes(self) -> int:
         """Bytes of all factors."""
-        return sum(delta.nbytes for part in (self.frozen, self.start) for delta in part.values())
+        parts: tuple[AdapterState, ...] = (self.frozen, self.start)
+        return sum(delta.nbytes for part in parts for delta in part.values())
 
 
 def share(model: GlobalModel, rule: ClientRule, rank: int, modules: Collection[str]) -> ClientShare:
@@ -47,16 +51,26 @@ def share(model: GlobalModel, rule: ClientRule, rank: int, modules: Collection[s
 
 
 def cut(model: GlobalModel, budget: Budget) -> tuple[GlobalModel, float]:
-    """The model as clients download it, `merged` within `budget`, and the relative error of that cut."""
-    merged, error = compress_adapter(model.merged, budget)
-    size = adapter_norm(model.merged)
-    return replace(model, merged=merged), error / size if size else 0.0
+    """The model as clients download it, `merged` within `budget`, and ‖cut‖_F / ‖merged + start‖_F.
+
+    The budget's error counts against merged + start, module by module: with FR-LoRA, merged alone is large and all
+    but cancels against the start.
+    """
+    merged, total, lost = {}, 0.0, 0.0
+    for module, delta in whole(model).items():
+        size = norm(delta)
+        total += size**2
+        if module in model.merged:
+            limit = budget.max_error * size / (norm(model.merged[module]) or 1.0)
+            merged[module], error = compress(model.merged[module], Budget(budget.max_rank, min(limit, 0.999)))
+            lost += error**2
+    return replace(model, merged=without_empty(merged)), (lost / total) ** 0.5 if total else 0.0
 
 
 def advance(
     model: GlobalModel,
     update: GlobalUpdate,
-    budget: Budget = Budget(),  # noqa: B008  (frozen)
+    budget: Budget = Budget(),
 ) -> tuple[GlobalModel, Certificate]:
     """The model after the round: merged + merge, re-factored; the start replaced, never added.
 
@@ -64,7 +78,8 @@ def advance(
     than that makes the round not exact, and the returned certificate says so.
     """
     merged, lost = compress_adapter(add_adapters(model.merged, update.merge), budget)
-    after = replace(model, merged=merged, start=update.start, round=model.round + 1)
+    state = model.method_state if update.method_state is None else update.method_state
+    after = replace(model, merged=merged, start=update.start, round=model.round + 1, method_state=state)
     proof = replace(update.certificate, rank=max(ranks(after.merged).values(), default=0))
     limited = budget.max_rank is not None or budget.max_error > 0
     if limited and lost > 1e-6 * adapter_norm(merged):

@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from corolla.aggregation.delta import LowRankDelta, LowRankState
 from corolla.aggregation.lowrank import add, zeros
-from corolla.aggregation.state import AdapterState, GlobalModel, LowRankDelta, Shapes
+from corolla.aggregation.state import GlobalModel, Shapes
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,27 @@ def fill(start: LowRankDelta, rank: int, module: str, fresh: FreshRows) -> LowRa
     return LowRankDelta(torch.where(dead[:, None], rows, wide.A), wide.B)
 
 
-def fill_adapter(start: AdapterState, shapes: Shapes, rank: int, fresh: FreshRows) -> dict[str, LowRankDelta]:
+def fill_adapter(start: LowRankState, shapes: Shapes, rank: int, fresh: FreshRows) -> dict[str, LowRankDelta]:
     """L_k before training: every module of `shapes` at `rank`, beginning with `start` where it has the module."""
     return {
         module: fill(start.get(module, zeros(*shape)), rank, module, fresh) for module, shape in sorted(shapes.items())
     }
 
 
-def empty_start(shapes: Shapes, max_rank: int, seed: int) -> GlobalModel:
+Principal = Callable[[Shapes, int], LowRankState]
+"""(shapes, rank) -> the principal components of the base's weights; raises ValueError where there is no base."""
+
+
+def empty_start(shapes: Shapes, max_rank: int, seed: int, principal: Principal) -> GlobalModel:
     """The first global model of methods that begin afresh each round (FLoRA): nothing merged, no start."""
     return GlobalModel()
 
 
-def shared_start(shapes: Shapes, max_rank: int, seed: int) -> GlobalModel:
+def shared_start(shapes: Shapes, max_rank: int, seed: int, principal: Principal) -> GlobalModel:
     """The first global model of methods with a common start (FedIT): fresh A of `max_rank` rows, B = 0."""
     return GlobalModel(start=fill_adapter({}, shapes, max_rank, FreshRows(seed)))
+
+
+def no_principal(shapes: Shapes, rank: int) -> LowRankState:
+    """Raises ValueError: what stands in for `Principal` where the server has no base."""
+    raise ValueError("this method starts from the base's weights, got a server without the base: set model.name to it")

@@ -1,4 +1,4 @@
-"""The values that flow through Corolla: frozen, float32, with the scaling already folded into B."""
+"""The values that flow through Corolla: what clients reply, what a round makes of it, and the global model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,70 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class LowRankDelta:
-    """ΔW = B @ A, one module's change of weight.
-
-    A is (rank, in), B is (out, rank), on the CPU: float32 wherever it is stored or sent, float64 inside a
-    computation. The LoRA scaling is part of B. Rank 0 is allowed and means "no change". Raises ValueError where
-    the two do not fit together.
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __post_init__(self) -> None:
-        for name, factor in (("A", self.A), ("B", self.B)):
-            if factor.ndim != 2:
-                raise ValueError(f"{name} must be a matrix, got shape {tuple(factor.shape)}")
-            if factor.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{name} must be float32 or float64, got {factor.dtype}: cast it first")
-        if self.A.dtype != self.B.dtype:
-            raise ValueError(f"A and B must share a dtype, got {self.A.dtype} and {self.B.dtype}")
-        if self.A.shape[0] != self.B.shape[1]:
-            raise ValueError(
-                f"A (rank, in) and B (out, rank) must share the rank, got {[*self.A.shape]} and {[*self.B.shape]}"
-            )
-
-    @property
-    def rank(self) -> int:
-        """The number of components (columns of B, rows of A); the rank of B @ A may be smaller."""
-        return self.A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), the shape of ΔW."""
-        return self.B.shape[0], self.A.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.A.nbytes + self.B.nbytes
-
-    def first(self, rank: int) -> "LowRankDelta":
-        """The first min(rank, self.rank) components, as views."""
-        return LowRankDelta(self.A[:rank], self.B[:, :rank])
-
-    def after(self, rank: int) -> "LowRankDelta":
-        """The components from `rank` on, as views; `first(r)` plus `after(r)` is the whole."""
-        return LowRankDelta(self.A[rank:], self.B[:, rank:])
-
-    def double(self) -> "LowRankDelta":
-        """The same factors in float64."""
-        return LowRankDelta(self.A.double(), self.B.double())
-
-    def single(self) -> "LowRankDelta":
-        """The same factors in float32, contiguous: each entry rounded once."""
-        return LowRankDelta(self.A.float().contiguous(), self.B.float().contiguous())
-
-    def dense(self) -> Tensor:
-        """B @ A, (out, in). For export and tests: nothing on the way of a round forms it."""
-        return self.B @ self.A
-
-
-AdapterState = Mapping[str, LowRankDelta]
-"""Module name -> its change. The order of the names never matters."""
+from corolla.aggregation.delta import AdapterState, LowRankState
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module name -> (out, in)."""
@@ -114,11 +51,15 @@ class Certificate:
 
 @dataclass(frozen=True)
 class GlobalUpdate:
-    """One round's outcome: what is added to `merged`, what replaces `start`, and the proof."""
+    """One round's outcome: what is added to `merged`, what replaces `start`, and the proof.
+
+    `method_state` replaces that of the model, None keeps it.
+    """
 
     merge: AdapterState
-    start: AdapterState
+    start: LowRankState
     certificate: Certificate
+    method_state: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,18 +70,24 @@ class GlobalModel:
     """
 
     merged: AdapterState = field(default_factory=dict)
-    start: AdapterState = field(default_factory=dict)
+    start: LowRankState = field(default_factory=dict)
     round: int = 0
     base_hash: str = ""
     method_state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def rank_of(self, client_id: str, declared: int) -> int:
+        """The client's rank: what it declared, unless the method took some of it away."""
+        pruned = self.method_state.get(RANK_OF + client_id)
+        return declared if pruned is None else min(declared, int(pruned))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a unique name: `merged/<module>/A`, `start/<module>/B`, `method/<name>`."""
+        parts: dict[str, AdapterState] = {"merged": self.merged, "start": self.start}
         named = {
-            f"{part}/{module}/{factor}": getattr(delta, factor)
-            for part, adapter in (("merged", self.merged), ("start", self.start))
+            f"{part}/{module}/{name}": tensor
+            for part, adapter in parts.items()
             for module, delta in adapter.items()
-            for factor in ("A", "B")
+            for name, tensor in delta.tensors().items()
         }
         return named | {f"method/{name}": tensor for name, tensor in self.method_state.items()}
 
@@ -153,15 +100,22 @@ class GlobalModel:
         return sha.hexdigest()
 
 
+RANK_OF = "rank/"
+"""RANK_OF + client id in a `method_state`: a tensor (1,) with the rank that the client has now."""
+
+
 @dataclass(frozen=True)
 class ClientRule:
     """What a method asks of its clients in one round.
 
-    `trains`: the factors that take gradients. `carries`: whether the client computes with the remainder T_k of the
-    start that its rank does not hold. `fresh_per_round`: whether fresh rows of A differ from round to round
-    (methods with a fixed A draw them once).
+    `trains`: the tensors that take gradients, A and B or one of them; W is full fine-tuning. `carries`: whether the
+    client computes with the remainder T_k of the start that its rank does not hold. `fresh_per_round`: whether fresh
+    rows of A differ from round to round (methods with a fixed A draw them once). `penalty` times
+    ‖B[:, c:]‖_F ‖A[c:]‖_F, c = ⌊keep · r⌋, is added to the loss, module by module.
     """
 
     trains: frozenset[str] = frozenset({"A", "B"})
     carries: bool = False
     fresh_per_round: bool = True
+    penalty: float = 0.0
+    keep: float = 1.0

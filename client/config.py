@@ -140,6 +140,11 @@ def _parse_target_list(value: Any) -> Any:
     return tuple(parse_targets(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
+def client_name(partition: int) -> str:
+    """The name of a client that has none of its own."""
+    return f"client-{partition:03}"
+
+
 NODE = "node"
 """The rule for ranks that leaves them to the nodes."""
 
@@ -179,6 +184,11 @@ class ClientsConfig(Section):
         """The rank of client number `partition`; None where the node declares it."""
         ranks = () if self.ranks == NODE else self._list()
         return ranks[partition % len(ranks)] if ranks else None
+
+    def by_name(self) -> dict[str, int]:
+        """The rank of every simulated client by its name; empty where the nodes declare them."""
+        known = {client_name(k): self.rank(k) for k in range(self.count)}
+        return {name: rank for name, rank in known.items() if rank is not None}
 
     def targets(self, partition: int) -> str | tuple[str, ...] | None:
         """The target modules of client number `partition`; None for those of all."""

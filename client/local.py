@@ -1,18 +1,36 @@
 """One client: what it answers to hello, train and evaluate. No Flower here, so a test or a notebook can call it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from corolla.adapters import AdapterSpec, Base, attached, carrying, open_base, read_adapter, target_shapes
-from corolla.aggregation import FreshRows, Shapes, fill_adapter
-from corolla.client.config import ClientSettings, parse_targets
+import torch
+
+from corolla.adapters import (
+    LOCAL,
+    AdapterSpec,
+    Base,
+    attached,
+    carrying,
+    dense_beside,
+    open_base,
+    read_adapter,
+    read_dense,
+    tail_penalty,
+    target_shapes,
+)
+from corolla.aggregation import DenseDelta, FreshRows, Shapes, fill_adapter, low_rank
+from corolla.client.config import ClientSettings, client_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
 from corolla.client.evaluation import evaluate, mean_loss
 from corolla.client.protocol import Hello, Reply, Task
 from corolla.client.seeding import seed_of
 from corolla.client.training import train_round
+
+WHOLE = "W"
+"""The order's `trains` for full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +63,16 @@ class Client:
         """
         order, settings = task.order, self.settings
         self._require_base(task)
-        fresh = FreshRows(
-            order.seed, order.fresh_round, self.client_id if settings.adapter.init == "independent" else ""
-        )
-        start = fill_adapter(task.start, self._shapes(), order.rank, fresh)
         examples = self._examples(order.round)
-        with attached(self.base.model, self.spec(order.rank), start, task.frozen, order.trains) as model:
+        with self._trainable(task) as model:
             metrics = {"too_long": float(self.data.too_long), "loss_before": self._probe_loss(model)}
             seed = seed_of(order.seed, self.client_id, order.round)
-            metrics |= train_round(model, self.base, settings.train, examples, order.round, settings.rounds, seed)
+            penalty = (lambda model: order.penalty * tail_penalty(model, order.keep)) if order.penalty else None
+            metrics |= train_round(
+                model, self.base, settings.train, examples, order.round, settings.rounds, seed, penalty
+            )
             metrics["loss_after"] = self._probe_loss(model)
-            adapter = read_adapter(model)
+            adapter = read_dense(model, LOCAL) if order.trains == WHOLE else read_adapter(model)
         return Reply(
             self.client_id,
             order.round,
@@ -66,6 +83,21 @@ class Client:
             adapter,
             metrics,
         )
+
+    @contextmanager
+    def _trainable(self, task: Task) -> Iterator[Any]:
+        """The base with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights."""
+        order, shapes = task.order, self._shapes()
+        if order.trains == WHOLE:
+            begin = {module: DenseDelta(torch.zeros(shape)) for module, shape in shapes.items()}
+            with carrying(self.base.model, task.frozen) as model, dense_beside(model, begin, LOCAL, trains=True):
+                yield model
+            return
+        independent = self.settings.adapter.init == "independent"
+        fresh = FreshRows(order.seed, order.fresh_round, self.client_id if independent else "")
+        start = fill_adapter(task.start, shapes, order.rank, fresh)
+        with attached(self.base.model, self.spec(order.rank), start, low_rank(task.frozen), order.trains) as model:
+            yield model
 
     def evaluate(self, task: Task) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
@@ -110,7 +142,7 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     data = settings.data.model_copy(update={k: str(v) for k, v in own.items() if v})
     model = settings.model.model_copy(update={k: str(node[k]) for k in ("device",) if k in node})
     name = str(node.get("model", model.name))
-    client_id = str(node.get("name", f"client-{partition:03}"))
+    client_id = str(node.get("name", client_name(partition)))
     rank = node.get("rank", settings.clients.rank(partition))
     if rank is None:
         raise ValueError(

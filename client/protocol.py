@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from corolla.aggregation import AdapterState, ClientUpdate, GlobalModel, LowRankDelta, Shapes
+from corolla.aggregation import (
+    AdapterState,
+    ClientUpdate,
+    Delta,
+    GlobalModel,
+    LowRankState,
+    Shapes,
+    delta_of,
+    low_rank,
+)
 
 STYPE = "corolla.factor.v1"
 """Raw little-endian float32, row-major."""
@@ -24,32 +33,24 @@ HELLO = "query.hello"
 
 
 def pack_adapter(adapter: AdapterState) -> ArrayRecord:
-    """The factors by `<module>/A` and `<module>/B`."""
+    """The tensors by `<module>/A` and `<module>/B`, or `<module>/W`."""
     arrays = {}
     for module, delta in adapter.items():
-        for name, factor in (("A", delta.A), ("B", delta.B)):
-            array = factor.detach().contiguous().numpy().astype("<f4", copy=False)
+        for name, tensor in delta.tensors().items():
+            array = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
             arrays[f"{module}/{name}"] = Array(
                 dtype="float32", shape=tuple(array.shape), stype=STYPE, data=array.tobytes()
             )
     return ArrayRecord(arrays)
 
 
-def unpack_adapter(record: ArrayRecord) -> dict[str, LowRankDelta]:
-    """The factors back, in the order of module names. Raises ValueError, naming the key, for anything out of shape."""
-    arrays = {key: _unpack_array(key, array) for key, array in record.items()}
-    modules = {key.rsplit("/", 1)[0] for key in arrays}
-    if odd := sorted(arrays.keys() - {f"{module}/{name}" for module in modules for name in "AB"}):
-        raise ValueError(f"factors are named <module>/A and <module>/B, got {odd[0]!r}")
-    adapter = {}
-    for module in sorted(modules):
-        if missing := [name for name in "AB" if f"{module}/{name}" not in arrays]:
-            raise ValueError(f"every module needs A and B, got no {missing[0]} for {module}")
-        try:
-            adapter[module] = LowRankDelta(arrays[f"{module}/A"], arrays[f"{module}/B"])
-        except ValueError as error:
-            raise ValueError(f"{module}: {error}") from error
-    return adapter
+def unpack_adapter(record: ArrayRecord) -> dict[str, Delta]:
+    """The changes back, in the order of module names. Raises ValueError, naming the key, for anything out of shape."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(record):
+        module, _, name = key.rpartition("/")
+        modules.setdefault(module or key, {})[name] = _unpack_array(key, record[key])
+    return {module: delta_of(module, tensors) for module, tensors in modules.items()}
 
 
 def _unpack_array(key: str, array: Array) -> torch.Tensor:
@@ -93,6 +94,7 @@ class Hello:
 class Order:
     """What the server asks of one client in one round.
 
+    `trains` are the names of the tensors that take gradients, `penalty` and `keep` those of the method's `ClientRule`.
     `fresh_round` seeds the fresh rows of A; `share` is the digest of what is sent, `model` that of the global model
     it was cut from: both come back with the reply. `settings` is JSON that the application reads as it likes.
     """
@@ -106,6 +108,8 @@ class Order:
     share: str
     base_hash: str
     settings: str = "{}"
+    penalty: float = 0.0
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Task:
 
     order: Order
     frozen: AdapterState
-    start: AdapterState
+    start: LowRankState
 
     def pack(self) -> RecordDict:
         """As the content of a `train` or `evaluate` message."""
@@ -130,13 +134,14 @@ class Task:
     def unpack(cls, content: RecordDict) -> Self:
         """Raises ValueError for factors that are not what the server says it sent."""
         order = Order(**_record(content, "order", Order))
-        task = cls(order, *(unpack_adapter(_arrays(content, part)) for part in ("frozen", "start")))
+        frozen, start = (unpack_adapter(_arrays(content, part)) for part in ("frozen", "start"))
+        task = cls(order, frozen, low_rank(start))
         if share_digest(task.frozen, task.start) != order.share:
             raise ValueError(f"round {order.round}: the download must have the digest {order.share}, it was damaged")
         return task
 
 
-def share_digest(frozen: AdapterState, start: AdapterState) -> str:
+def share_digest(frozen: AdapterState, start: LowRankState) -> str:
     """The digest of what one client downloads."""
     return GlobalModel(merged=frozen, start=start).digest()
 
@@ -197,7 +202,7 @@ def _record(content: RecordDict, name: str, kind: type) -> dict[str, Any]:
     for f in fields(kind):
         if f.name in ("adapter", "metrics"):
             continue
-        wanted = f.type if f.type in (int, str, bool) else str
+        wanted = f.type if f.type in (int, str, bool, float) else str
         if f.name not in record or not isinstance(record[f.name], wanted):  # type: ignore[arg-type]
             raise ValueError(f"{name}.{f.name} must be a {wanted.__name__}, got {record.get(f.name)!r}")  # type: ignore[union-attr]
         values[f.name] = record[f.name]

@@ -5,7 +5,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,20 @@ from corolla.adapters import Base
 from corolla.client.config import TrainConfig
 from corolla.client.data import Example, as_dataset
 
+Penalty = Callable[[Any], torch.Tensor]
+"""model -> a scalar with gradients that is added to the loss."""
+
 
 class RoundTrainer(SFTTrainer):
-    """An SFTTrainer whose learning-rate schedule spans all rounds, though each round has a trainer of its own."""
+    """An SFTTrainer whose learning-rate schedule spans all rounds, though each round has a trainer of its own.
 
-    def __init__(self, *args: Any, first_step: int, total_steps: int, **kwargs: Any) -> None:
-        self.first_step, self.total_steps = first_step, total_steps
+    `penalty`, if any, is added to the loss of every optimizer step.
+    """
+
+    def __init__(
+        self, *args: Any, first_step: int, total_steps: int, penalty: Penalty | None = None, **kwargs: Any
+    ) -> None:
+        self.first_step, self.total_steps, self.penalty = first_step, total_steps, penalty
         super().__init__(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -36,15 +44,30 @@ class RoundTrainer(SFTTrainer):
         scheduler._last_lr = rates
         return scheduler
 
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """TRL's loss, plus the penalty once per optimizer step, spread over its micro-batches."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if self.penalty is None:
+            return found
+        extra = self.penalty(model) / (self.args.gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1)
+        return (found[0] + extra, *found[1:]) if return_outputs else found + extra
+
 
 def train_round(
-    model: Any, base: Base, config: TrainConfig, examples: Sequence[Example], round_number: int, rounds: int, seed: int
+    model: Any,
+    base: Base,
+    config: TrainConfig,
+    examples: Sequence[Example],
+    round_number: int,
+    rounds: int,
+    seed: int,
+    penalty: Penalty | None = None,
 ) -> dict[str, float]:
     """Trains what takes gradients in `model`, in place, on `examples` in their order.
 
-    One optimizer step per batch_size × accumulation examples. Returns train_loss (mean over the steps), tokens
-    (not padding, the prompt included), seconds, steps and peak_memory_mib. Raises RuntimeError where the
-    loss is not finite.
+    One optimizer step per batch_size × accumulation examples; `penalty(model)` is added to its loss. Returns
+    train_loss (mean over the steps, the penalty included), tokens (not padding, the prompt included), seconds, steps
+    and peak_memory_mib. Raises RuntimeError where the loss is not finite.
     """
     steps = math.ceil(len(examples) / (config.batch_size * config.accumulation))
     began = time.perf_counter()
@@ -59,6 +82,7 @@ def train_round(
             processing_class=base.tokenizer,
             first_step=(round_number - 1) * steps,
             total_steps=rounds * steps,
+            penalty=penalty,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from corolla.aggregation import AGGREGATORS, WEIGHTS, build_method
+from corolla.aggregation import AGGREGATORS, OPTIMIZERS, WEIGHTS, Method, build_method, with_optimizer
 from corolla.client.config import (
     AdapterConfig,
     ClientsConfig,
@@ -33,6 +33,16 @@ class AggregationConfig(Section):
     max_rank: int | None = Field(None, ge=1, description="largest rank of the server's merged part; unset: lossless")
     download_error: float = Field(1e-3, ge=0, lt=1, description="relative error that the cut of a download may have")
     download_rank: int | None = Field(None, ge=1, description="largest rank of the merged part in a download")
+    noise: bool = Field(False, description="each round, what every method would make of the same replies")
+    energy: float | None = Field(None, gt=0, le=1, description="florist: part of the energy that is kept (0.99)")
+    keep: float | None = Field(None, gt=0, le=1, description="hetlora: part of a rank that pruning leaves (0.99)")
+    penalty: float | None = Field(None, ge=0, description="hetlora: on last components (1e-3); lora-fair: ridge (0.01)")
+    server_optimizer: str = Field("none", description=f"none, or one of {', '.join(sorted(OPTIMIZERS))}")
+    server_learning_rate: float | None = Field(None, gt=0, description="the server optimizer's step (1; fedadam 0.01)")
+    server_momentum: float | None = Field(None, ge=0, lt=1, description="its first moment's decay (0.9)")
+    server_beta2: float | None = Field(None, ge=0, lt=1, description="its second moment's decay (0.99)")
+    server_tau: float | None = Field(None, gt=0, description="added to the root of its second moment (1e-3)")
+    server_max_rank: int | None = Field(None, ge=1, description="largest rank of its momentum; unset: lossless")
 
     @field_validator("method")
     @classmethod
@@ -43,6 +53,21 @@ class AggregationConfig(Section):
     @classmethod
     def _known_weights(cls, value: str) -> str:
         return _one_of(value, WEIGHTS)
+
+    @field_validator("server_optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        return _one_of(value, {"none": None, **OPTIMIZERS})
+
+    def build(self) -> Method:
+        """The method with its options and its server optimizer. Raises ValueError for what does not go together."""
+        options = {name: value for name in ("energy", "keep", "penalty") if (value := getattr(self, name)) is not None}
+        steps = {
+            name.removeprefix("server_"): value
+            for name, value in self
+            if name.startswith("server_") and name != "server_optimizer" and value is not None
+        }
+        return with_optimizer(build_method(self.method, **options), self.server_optimizer, **steps)
 
 
 class RunConfig(Section):
@@ -86,11 +111,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.adapter.init == "independent" and build_method(self.aggregation.method).common_start:
+        method = self.aggregation.build()
+        if self.adapter.init == "independent" and method.common_start:
             raise ValueError(
                 f"adapter.init = 'independent' needs clients that draw their own A, got aggregation.method = "
                 f"{self.aggregation.method!r} with a start common to all: use 'shared', or method 'flora'"
             )
+        if self.aggregation.method == "full" and (self.adapter.init_from or self.aggregation.max_rank):
+            raise ValueError(
+                "aggregation.method = 'full' moves whole weights, got adapter.init_from or aggregation.max_rank, which "
+                "are for adapters: leave them out"
+            )
+        method.require(self.clients.by_name(), {})
         return self
 
     def settings(self) -> ClientSettings:

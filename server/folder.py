@@ -12,7 +12,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
-from corolla.aggregation import AdapterState, GlobalModel, LowRankDelta
+from corolla.aggregation import AdapterState, Delta, GlobalModel, delta_of, low_rank
 from corolla.server.config import Config
 
 CONFIG, METRICS, RUN = "config.toml", "metrics.jsonl", "run.json"
@@ -184,12 +184,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _adapter_from(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, LowRankDelta]:
-    modules = sorted({key.split("/", 1)[1].rsplit("/", 1)[0] for key in tensors if key.startswith(f"{part}/")})
-    return {m: LowRankDelta(tensors[f"{part}/{m}/A"], tensors[f"{part}/{m}/B"]) for m in modules}
+def _adapter_from(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, Delta]:
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(tensors):
+        if key.startswith(f"{part}/"):
+            module, _, name = key.removeprefix(f"{part}/").rpartition("/")
+            modules.setdefault(module, {})[name] = tensors[key]
+    return {module: delta_of(module, found) for module, found in modules.items()}
 
 
 def _model_from(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> GlobalModel:
     own = {key.removeprefix("method/"): value for key, value in tensors.items() if key.startswith("method/")}
     merged, start = (_adapter_from(tensors, part) for part in ("merged", "start"))
-    return GlobalModel(merged, start, state["successful_rounds"], state["base_hash"], own)
+    return GlobalModel(merged, low_rank(start), state["successful_rounds"], state["base_hash"], own)

@@ -13,8 +13,26 @@ import torch
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from corolla.adapters import base_hash, export_adapter, find_base, open_base, read_peft_folder, write_peft_folder
-from corolla.aggregation import AdapterState, Budget, GlobalModel, compress_adapter, whole, without_empty
+from corolla.adapters import (
+    Base,
+    base_hash,
+    export_adapter,
+    find_base,
+    open_base,
+    principal_components,
+    read_peft_folder,
+    write_peft_folder,
+)
+from corolla.aggregation import (
+    AdapterState,
+    Budget,
+    DenseDelta,
+    GlobalModel,
+    compress_adapter,
+    low_rank,
+    whole,
+    without_empty,
+)
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import Checkpoint, RunFolder
 from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling, weighted_mean
@@ -106,7 +124,7 @@ def build_strategy(
     run, aggregation = config.run, config.aggregation
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
     return FederatedLoRA(
-        aggregation.method,
+        aggregation.build(),
         settings=config.settings().model_dump_json(),
         seed=run.seed,
         weights=aggregation.weights,
@@ -118,6 +136,7 @@ def build_strategy(
         download=Budget(aggregation.download_rank, aggregation.download_error),
         evaluate=run.evaluate,
         base_hash=config.model.hash or _own_base_hash(config.model.name),
+        principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
         rounds_done=checkpoint.round if checkpoint else 0,
@@ -136,20 +155,29 @@ def _own_base_hash(name: str) -> str:
         return ""
 
 
+def _base(config: Config) -> Base:
+    return open_base(config.model.name, config.model.dtype, config.model.device)
+
+
 def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path:
-    """Writes `adapter/` in the run's folder, proven against the base where this machine has it."""
+    """Writes `adapter/` in the run's folder, proven against the base where this machine has it.
+
+    What is no adapter (full fine-tuning) stays in the checkpoint: `corolla export --merged` makes a model of it.
+    """
     target = folder.path / "adapter"
-    adapter, _ = compress_adapter(adapter, Budget())
-    adapter = without_empty(adapter)
+    if any(isinstance(delta, DenseDelta) for delta in adapter.values()):
+        log(20, "whole weights are no adapter: export the checkpoint with --merged")
+        return folder.path
+    factors = low_rank(without_empty(compress_adapter(adapter, Budget())[0]))
     try:
-        base = open_base(config.model.name, config.model.dtype, config.model.device)
+        base = _base(config)
     except FileNotFoundError as error:
         log(30, "the adapter is written but not proven, for want of the base: %s", error)
-        return write_peft_folder(adapter, target, config.model.name)
+        return write_peft_folder(factors, target, config.model.name)
     log(
         20,
         "adapter exported; its logits differ by %.1e from the running model's",
-        export_adapter(base, adapter, target),
+        export_adapter(base, factors, target),
     )
     return target
 

@@ -5,7 +5,7 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,15 +17,19 @@ from flwr.serverapp.strategy import Result, Strategy
 from corolla.aggregation import (
     AdapterState,
     Budget,
+    ClientRule,
     ClientShare,
+    ClientUpdate,
     GlobalModel,
     Method,
+    Principal,
     adapter_norm,
     add_adapters,
     advance,
     build_method,
     client_weights,
     cut,
+    no_principal,
     ranks,
     scale_adapter,
     share,
@@ -63,12 +67,16 @@ class RoundRecord:
     quarantined: Mapping[str, str]
     update: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def received_loss(self) -> float | None:
         """Mean probe loss, by training examples, of the model that the clients received: the last round's outcome."""
         return weighted_mean(self.clients, "loss_before", "num_examples")
 
+
+Noise = Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], Mapping[str, Any]]
+"""(updates, weights, model before the round) -> what is recorded as the round's `noise`."""
 
 OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
 OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
@@ -102,10 +110,12 @@ class FederatedLoRA(Strategy):
         clients: int = 1,
         min_replies: int = 1,
         deadline: float = 3600.0,
-        budget: Budget = Budget(),  # noqa: B008
-        download: Budget = Budget(max_error=1e-3),  # noqa: B008
+        budget: Budget = Budget(),
+        download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
         base_hash: str = "",
+        principal: Principal = no_principal,
+        noise: Noise | None = None,
         model: GlobalModel | None = None,
         merged: AdapterState | None = None,
         rounds_done: int = 0,
@@ -118,6 +128,7 @@ class FederatedLoRA(Strategy):
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
         self.fleet = Fleet(settings, base_hash, deadline)
+        self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged
         self.rounds_done, self._last_round = rounds_done, rounds_done
         self._evaluated = set(evaluated)
@@ -150,7 +161,8 @@ class FederatedLoRA(Strategy):
         log(20, "%s: %d clients, ranks %s", self.method.name, len(self.fleet.clients), self._ranks())
 
     def _ranks(self) -> dict[str, int]:
-        return {client: hello.rank for client, hello in self.fleet.clients.items()}
+        model = self.model or GlobalModel()
+        return {client: model.rank_of(client, hello.rank) for client, hello in self.fleet.clients.items()}
 
     def _model(self) -> GlobalModel:
         if self.model is None:
@@ -167,7 +179,7 @@ class FederatedLoRA(Strategy):
         self.method.require(self._ranks(), {client: hello.shapes for client, hello in hellos.items()})
         if self.model is None:
             shapes = {m: s for client in sorted(hellos) for m, s in hellos[client].shapes.items()}
-            model = self.method.initial(shapes, max(self._ranks().values()), self.seed)
+            model = self.method.initial(shapes, max(self._ranks().values()), self.seed, self.principal)
             merged = add_adapters(model.merged, self._first_merged or {})
             self.model = GlobalModel(merged, model.start, 0, self.fleet.base_hash, model.method_state)
 
@@ -182,22 +194,30 @@ class FederatedLoRA(Strategy):
         rule = self.method.constrain(model.round + 1)
         reduced, self._cut_error = cut(model, self.download)
         version = model.digest()
-        chosen = self.sampling.draw(self.fleet.clients, self.seed, round_number)
+        chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
         self._orders, self._sent, messages = {}, {}, []
         for client in chosen:
             hello = self.fleet.clients[client]
-            part = share(reduced, rule, hello.rank, hello.shapes)
-            fresh = round_number if rule.fresh_per_round else 0
-            order = self._order(round_number, hello.rank, "".join(sorted(rule.trains)), fresh, version, part)
+            part = share(reduced, rule, ranks[client], hello.shapes)
+            order = self._order(round_number, ranks[client], rule, version, part)
             self._orders[client] = order
-            self._sent[client] = {"rank": hello.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
+            self._sent[client] = {"rank": ranks[client], "bytes_down": part.nbytes, "dropped_start": part.dropped}
             messages.append(self._message(Task(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
 
-    def _order(self, round_number: int, rank: int, trains: str, fresh: int, version: str, part: ClientShare) -> Order:
-        digest = share_digest(part.frozen, part.start)
+    def _order(self, round_number: int, rank: int, rule: ClientRule, version: str, part: ClientShare) -> Order:
         return Order(
-            round_number, rank, trains, fresh, self.seed, version, digest, self.fleet.base_hash, self.fleet.settings
+            round=round_number,
+            rank=rank,
+            trains="".join(sorted(rule.trains)),
+            fresh_round=round_number if rule.fresh_per_round else 0,
+            seed=self.seed,
+            model=version,
+            share=share_digest(part.frozen, part.start),
+            base_hash=self.fleet.base_hash,
+            settings=self.fleet.settings,
+            penalty=rule.penalty,
+            keep=rule.keep,
         )
 
     def _message(self, task: Task, client: str, kind: str) -> Message:
@@ -217,6 +237,7 @@ class FederatedLoRA(Strategy):
         self.rounds_done += 1
         updates = [reply.update() for reply in accepted.values()]
         facts: dict[str, Any] = {"download_error": self._cut_error}
+        noise: Mapping[str, Any] = {}
         successful = len(updates) >= self.min_replies
         if successful:
             weights = client_weights(updates, self.weights)
@@ -224,6 +245,7 @@ class FederatedLoRA(Strategy):
                 self._sent[client]["weight"] = weight
             before = self._model()
             outcome = self.method.aggregate(updates, weights, before)
+            noise = self.noise(updates, weights, before) if self.noise else {}
             self.model, proof = advance(before, outcome, self.budget)
             change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
             facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": self.model.digest()}
@@ -243,6 +265,7 @@ class FederatedLoRA(Strategy):
             quarantined,
             facts,
             dict(self.fleet.refused),
+            noise,
         )
         self.on_round(record, self._model(), {client: reply.adapter for client, reply in accepted.items()})
         if not successful:
@@ -299,7 +322,7 @@ class FederatedLoRA(Strategy):
         self._evaluators = set(self.fleet.clients)
         reduced, _ = cut(model, self.download)
         part = ClientShare(whole(reduced), {}, 0.0)
-        order = self._order(self.rounds_done, 1, "", 0, model.digest(), part)
+        order = self._order(self.rounds_done, 1, ClientRule(trains=frozenset()), model.digest(), part)
         return [
             self._message(Task(order, part.frozen, {}), client, MessageType.EVALUATE) for client in self.fleet.clients
         ]

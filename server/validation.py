@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from corolla.aggregation import DenseDelta
 from corolla.client.protocol import Hello, Order, Reply
 
 
@@ -33,12 +34,15 @@ def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
         odd = sorted(reply.adapter.keys() ^ hello.shapes.keys())
         raise Rejected(f"modules must be those of the client's hello, got a difference in {', '.join(odd[:4])}")
     for module, delta in reply.adapter.items():
-        if delta.shape != hello.shapes[module] or delta.rank != order.rank:
+        if isinstance(delta, DenseDelta) != (order.trains == "W"):
+            wanted = "whole weights" if order.trains == "W" else "factors A and B"
+            raise Rejected(f"{module} must come as {wanted}, got {'+'.join(delta.tensors())}")
+        if delta.shape != hello.shapes[module] or (order.trains != "W" and delta.rank != order.rank):
             raise Rejected(
                 f"{module} must have shape {hello.shapes[module]} and rank {order.rank}, "
                 f"got {delta.shape} and {delta.rank}"
             )
-        if not (torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
+        if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
             raise Rejected(f"{module} must be finite, got NaN or infinity")
     for name, value in reply.metrics.items():
         if not math.isfinite(value):

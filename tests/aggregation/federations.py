@@ -1,9 +1,28 @@
 """Random federations for the laws, and a dense float64 reference that imports nothing of the algebra it checks."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from hypothesis import strategies as st
 
-from corolla.aggregation import ClientUpdate, LowRankDelta
+from corolla.aggregation import (
+    ClientShare,
+    ClientUpdate,
+    DenseDelta,
+    FreshRows,
+    GlobalModel,
+    GlobalUpdate,
+    LowRankDelta,
+    Method,
+    advance,
+    build_method,
+    client_weights,
+    fill_adapter,
+    share,
+)
+
+SHAPES = {"q": (12, 9), "v": (5, 9)}
 
 
 def random_delta(out: int, inn: int, rank: int, seed: int, size: float = 1.0) -> LowRankDelta:
@@ -51,7 +70,7 @@ def dense_size(clients) -> float:
 def dense(adapter, shapes) -> dict[str, torch.Tensor]:
     """An adapter as dense float64 matrices, zero for the modules it lacks."""
     return {
-        m: adapter[m].B.double() @ adapter[m].A.double() if m in adapter else torch.zeros(s, dtype=torch.float64)
+        m: adapter[m].double().dense() if m in adapter else torch.zeros(s, dtype=torch.float64)
         for m, s in shapes.items()
     }
 
@@ -59,3 +78,67 @@ def dense(adapter, shapes) -> dict[str, torch.Tensor]:
 def difference(one, other) -> float:
     """‖one − other‖_F over all modules of two dense adapters."""
     return sum((one[m] - other[m]).square().sum().item() for m in one) ** 0.5
+
+
+def ranks_for(name: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The ranks themselves, or the largest for all where the method needs one rank."""
+    return ranks if build_method(name).mixed_ranks else (max(ranks),) * len(ranks)
+
+
+def modules_for(name: str, sets):
+    """The module sets themselves, or all modules where the method needs the same ones."""
+    return sets if build_method(name).mixed_ranks else [tuple(SHAPES)] * len(sets)
+
+
+def principal(shapes, rank):
+    """Stands in for the principal components of a base."""
+    return {m: random_delta(*shape, rank, 1234 + i) for i, (m, shape) in enumerate(sorted(shapes.items()))}
+
+
+def local_start(model: GlobalModel, rule, rank: int, modules, seed: int):
+    """(share, adapter before training), exactly as a client builds it."""
+    part = share(model, rule, rank, modules)
+    if "W" in rule.trains:
+        return part, {m: DenseDelta(torch.zeros(SHAPES[m])) for m in modules}
+    fresh = FreshRows(seed, model.round + 1 if rule.fresh_per_round else 0)
+    return part, fill_adapter(part.start, {m: SHAPES[m] for m in modules}, rank, fresh)
+
+
+def move(delta, trains, size: float, seed: int):
+    """`delta` after a random step of `size` in the factors that train."""
+    if isinstance(delta, DenseDelta):
+        return DenseDelta(delta.W + size * random_delta(*delta.shape, 3, seed).dense())
+    step = random_delta(*delta.shape, delta.rank, seed)
+    return LowRankDelta(delta.A + size * step.A * ("A" in trains), delta.B + size * step.B * ("B" in trains))
+
+
+class Round(NamedTuple):
+    """One round: the model before it, what came back, and what became of it."""
+
+    before: GlobalModel
+    updates: list[ClientUpdate]
+    shares: list[ClientShare]
+    weights: dict[str, float]
+    outcome: GlobalUpdate
+    after: GlobalModel
+
+
+def play(method: Method | str, ranks, sets, counts, rounds: int, moves: float, seed: int = 0) -> Iterator[Round]:
+    """Rounds of a federation whose clients move by random steps of size `moves`."""
+    method = build_method(method) if isinstance(method, str) else method
+    model = method.initial(SHAPES, max(ranks), seed, principal)
+    for number in range(1, rounds + 1):
+        rule = method.constrain(number)
+        updates, shares = [], []
+        for k, (rank, modules, count) in enumerate(zip(ranks, sets, counts, strict=True)):
+            part, begin = local_start(model, rule, model.rank_of(f"c{k}", rank), modules, seed)
+            moved = {
+                m: move(d, rule.trains, moves, seed + 97 * number + 7 * k + i) for i, (m, d) in enumerate(begin.items())
+            }
+            updates.append(ClientUpdate(f"c{k}", count, moved))
+            shares.append(part)
+        weights = client_weights(updates)
+        outcome = method.aggregate(updates, weights, model)
+        after, _ = advance(model, outcome)
+        yield Round(model, updates, shares, weights, outcome, after)
+        model = after

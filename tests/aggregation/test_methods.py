@@ -1,4 +1,4 @@
-"""The contract of every registered method, and dense references over two rounds."""
+"""The contract of every registered method, and single cases."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from corolla.aggregation import (
     AGGREGATORS,
     Budget,
     ClientUpdate,
+    DenseDelta,
     FreshRows,
     GlobalModel,
     LowRankDelta,
@@ -21,53 +22,28 @@ from corolla.aggregation import (
     whole,
 )
 from corolla.aggregation.exact import certify
-from tests.aggregation.federations import dense, difference, random_delta
+from tests.aggregation.federations import (
+    SHAPES,
+    dense,
+    difference,
+    local_start,
+    play,
+    principal,
+    random_delta,
+    ranks_for,
+)
 
-SHAPES = {"q": (12, 9), "v": (5, 9)}
-CARRYING = sorted(name for name in AGGREGATORS if build_method(name).constrain(1).carries)
-EXACT = ("flora", "warm")
-START_FREE = ("flora",)
-
-
-def ranks_for(name: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    return ranks if build_method(name).mixed_ranks else (max(ranks),) * len(ranks)
-
-
-def local_start(model: GlobalModel, rule, rank: int, modules, seed: int, client: str):
-    """What a client's adapter is before it trains, exactly as the client builds it."""
-    part = share(model, rule, rank, modules)
-    fresh = FreshRows(seed, model.round + 1 if rule.fresh_per_round else 0)
-    return part, fill_adapter(part.start, {m: SHAPES[m] for m in modules}, rank, fresh)
-
-
-def play(name: str, ranks, module_sets, counts, rounds: int, moves: float, seed: int = 0):
-    """Rounds of a federation whose clients move by a random step of size `moves`; yields each round's record."""
-    method = build_method(name)
-    model = method.initial(SHAPES, max(ranks), seed)
-    for round_number in range(1, rounds + 1):
-        rule = method.constrain(round_number)
-        updates, shares = [], []
-        for k, (rank, modules, count) in enumerate(zip(ranks, module_sets, counts, strict=True)):
-            part, begin = local_start(model, rule, rank, modules, seed, f"c{k}")
-            moved = {
-                m: LowRankDelta(
-                    d.A + moves * random_delta(*SHAPES[m], rank, 97 * round_number + 7 * k).A,
-                    d.B + moves * random_delta(*SHAPES[m], rank, 31 * round_number + 3 * k).B,
-                )
-                for m, d in begin.items()
-            }
-            updates.append(ClientUpdate(f"c{k}", count, moved))
-            shares.append(part)
-        weights = client_weights(updates)
-        outcome = method.aggregate(updates, weights, model)
-        yield model, updates, shares, weights, outcome
-        model, _ = advance(model, outcome)
-    yield model, [], [], {}, None
+EVERY = sorted(AGGREGATORS)
+CARRYING = [name for name in EVERY if build_method(name).constrain(1).carries]
+EXACT = {"flora", "warm", "fedex", "ffa", "rolora", "fedsvd", "full"}
+"""Whatever the ranks; FlexLoRA is exact where nobody cuts, FLoRIST at an energy of 1."""
+STARTING = [name for name in EVERY if build_method(name).initial(SHAPES, 2, 0, principal).start]
+ONE_RANK = [name for name in EVERY if not build_method(name).mixed_ranks]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([*CARRYING, "flora"]),
+    st.sampled_from([*CARRYING, "flora", "florist", "full"]),
     st.lists(st.integers(1, 14), min_size=2, max_size=5),
     st.data(),
 )
@@ -75,61 +51,94 @@ def test_where_nobody_moves_nothing_changes(name, ranks, data):
     sets = [data.draw(st.sampled_from([("q",), ("v",), ("q", "v")])) for _ in ranks]
     counts = [data.draw(st.integers(1, 50)) for _ in ranks]
     method = build_method(name)
-    model = GlobalModel(
-        merged={"q": random_delta(*SHAPES["q"], 3, 1)},
-        start={m: random_delta(*SHAPES[m], max(ranks), 2) for m in SHAPES} if name != "flora" else {},
-    )
+    merged = {"q": random_delta(*SHAPES["q"], 3, 1)}
+    if name == "full":
+        merged = {"q": DenseDelta(merged["q"].dense())}
+    start = {m: random_delta(*SHAPES[m], max(ranks), 2) for m in SHAPES} if name in CARRYING else {}
+    if name == "fedsvd":  # its start always comes out of an SVD
+        start = (
+            build_method("warm").aggregate([ClientUpdate("c", 1, start)], {"c": 1.0}, GlobalModel(start=start)).start
+        )
+    model = GlobalModel(merged=merged, start=start)
+    check_nothing_changes(method, model, ranks, sets, counts)
+
+
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_where_nobody_of_one_rank_moves_nothing_changes(name):
+    method = build_method(name)
+    model = GlobalModel(start={m: random_delta(*SHAPES[m], 3, 2) for m in SHAPES})
+    check_nothing_changes(method, model, [3, 3], [("q", "v")] * 2, [1, 2], exact=False)
+
+
+def check_nothing_changes(method, model, ranks, sets, counts, exact=True):
     rule = method.constrain(1)
     updates = []
     for k, (rank, modules, count) in enumerate(zip(ranks, sets, counts, strict=True)):
-        part, begin = local_start(model, rule, rank, modules, 0, f"c{k}")
+        part, begin = local_start(model, rule, rank, modules, 0)
         together = {m: v + dense(begin, SHAPES)[m] for m, v in dense(part.frozen, SHAPES).items()}
         assert difference(together, dense(whole(model), SHAPES)) < 1e-4  # every client computes the whole model
         updates.append(ClientUpdate(f"c{k}", count, begin))
     after, proof = advance(model, method.aggregate(updates, client_weights(updates), model))
     size = sum(d.norm().item() for d in dense(whole(model), SHAPES).values())
-    assert difference(dense(whole(after), SHAPES), dense(whole(model), SHAPES)) <= 1e-6 * size
-    assert proof.exact
+    limit = 1e-6 if exact else 5e-4  # the ridge of LoRA-FAIR pulls by rounding only
+    assert difference(dense(whole(after), SHAPES), dense(whole(model), SHAPES)) <= limit * size
+    assert proof.exact or method.name == "florist" or not exact
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("name", EVERY)
 def test_one_client_is_left_alone(name):
-    *_, (model, updates, _, _, outcome), _ = play(name, (4,), [("q", "v")], (3,), 2, 0.3)
-    after, _ = advance(model, outcome)
-    alone = {m: v + dense(updates[0].adapter, SHAPES)[m] for m, v in dense(model.merged, SHAPES).items()}
-    assert difference(dense(whole(after), SHAPES), alone) < 1e-5
+    if name in ("florist", "lora-fair"):
+        pytest.skip("it cuts, or pulls towards the mean, by design")
+    *_, last = play(name, (4,), [("q", "v")], (3,), 2, 0.3)
+    alone = {m: v + dense(last.updates[0].adapter, SHAPES)[m] for m, v in dense(last.before.merged, SHAPES).items()}
+    assert difference(dense(whole(last.after), SHAPES), alone) < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("name", EVERY)
 def test_agreeing_clients_are_left_alone(name):
-    method = build_method(name)
-    model = method.initial(SHAPES, 3, 0)
-    adapter = {m: random_delta(*SHAPES[m], 3, 8) for m in SHAPES}
+    method = build_method(name, energy=1) if name == "florist" else build_method(name)
+    ranks, sets = (3,) * 4, [("q", "v")] * 4
+    model = method.initial(SHAPES, 3, 0, principal)
+    rule = method.constrain(1)
+    _, begin = local_start(model, rule, 3, ("q", "v"), 0)
+    step = {m: random_delta(*SHAPES[m], 3, 8) for m in SHAPES}
+    if name == "full":
+        adapter = {m: DenseDelta(step[m].dense()) for m in SHAPES}
+    else:
+        adapter = {
+            m: LowRankDelta(d.A + step[m].A * ("A" in rule.trains), d.B + step[m].B * ("B" in rule.trains))
+            for m, d in begin.items()
+        }
     updates = [ClientUpdate(f"c{k}", k + 1, adapter) for k in range(4)]
     after, _ = advance(model, method.aggregate(updates, client_weights(updates), model))
-    assert difference(dense(whole(after), SHAPES), dense(adapter, SHAPES)) < 1e-5
+    expected = {m: v + dense(adapter, SHAPES)[m] for m, v in dense(model.merged, SHAPES).items()}
+    assert difference(dense(whole(after), SHAPES), expected) < 1e-5
+    assert len(ranks) == len(sets)
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("name", EVERY)
 def test_order_does_not_matter_and_inputs_are_untouched(name):
     ranks = ranks_for(name, (2, 4, 3))
-    model, updates, _, weights, outcome = next(play(name, ranks, [("q", "v")] * 3, (5, 1, 2), 1, 0.3))
-    before = [model.digest(), *(GlobalModel(merged=u.adapter).digest() for u in updates)]
-    again = build_method(name).aggregate(updates[::-1], weights, model)
-    assert GlobalModel(again.merge, again.start).digest() == GlobalModel(outcome.merge, outcome.start).digest()
-    assert before == [model.digest(), *(GlobalModel(merged=u.adapter).digest() for u in updates)]
+    found = next(play(name, ranks, [("q", "v")] * 3, (5, 1, 2), 1, 0.3))
+    before = [found.before.digest(), *(GlobalModel(merged=u.adapter).digest() for u in found.updates)]
+    again = build_method(name).aggregate(found.updates[::-1], found.weights, found.before)
+    assert (
+        GlobalModel(again.merge, again.start).digest() == GlobalModel(found.outcome.merge, found.outcome.start).digest()
+    )
+    assert before == [found.before.digest(), *(GlobalModel(merged=u.adapter).digest() for u in found.updates)]
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("name", EVERY)
 def test_the_certificate_is_the_dense_distance_and_only_exact_methods_get_one(name):
     ranks = ranks_for(name, (6, 3, 2))
-    for model, updates, _, weights, outcome in play(name, ranks, [("q", "v")] * 3, (5, 3, 2), 2, 0.3):
-        if outcome is None:
-            return
-        target = dense_target(updates, weights, model.start)
-        reached = {m: dense(outcome.merge, SHAPES)[m] + dense(outcome.start, SHAPES)[m] for m in SHAPES}
-        assert outcome.certificate.error == pytest.approx(difference(reached, target), abs=1e-6)
-        assert outcome.certificate.exact == (name in EXACT)
+    for number, found in enumerate(play(name, ranks, [("q", "v")] * 3, (5, 3, 2), 3, 0.3), start=1):
+        target = dense_target(found.updates, found.weights, found.before.start)
+        merge, start = dense(found.outcome.merge, SHAPES), dense(found.outcome.start, SHAPES)
+        reached = {m: merge[m] + start[m] for m in SHAPES}
+        proof = found.outcome.certificate
+        assert proof.error == pytest.approx(difference(reached, target), abs=1e-6)
+        assert proof.exact == (name in EXACT or (name == "flexlora" and number == 1))
+        assert proof.reason
 
 
 def dense_target(updates, weights, start) -> dict[str, torch.Tensor]:
@@ -137,24 +146,12 @@ def dense_target(updates, weights, start) -> dict[str, torch.Tensor]:
     target = dense(start, SHAPES)
     for update in updates:
         for m, delta in update.adapter.items():
-            held = start[m].first(delta.rank) if m in start else None
-            change = delta.B.double() @ delta.A.double()
-            if held is not None:
+            change = delta.double().dense()
+            if m in start:
+                held = start[m].first(delta.rank)
                 change = change - held.B.double() @ held.A.double()
             target[m] = target[m] + weights[update.client_id] * change
     return target
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_two_rounds_equal_the_dense_recursion(name):
-    sets = [("q", "v"), ("q",), ("v",)]
-    expected = None
-    for model, updates, _, weights, outcome in play(name, (7, 4, 2), sets, (4, 4, 2), 2, 0.3):
-        if expected is not None:
-            assert difference(dense(whole(model), SHAPES), expected) < 1e-5
-        if outcome is not None:
-            target = dense_target(updates, weights, model.start)
-            expected = {m: dense(model.merged, SHAPES)[m] + target[m] for m in SHAPES}
 
 
 def test_zero_padding_is_what_its_equation_says():
@@ -214,9 +211,9 @@ def test_a_false_claim_of_exactness_is_found_out():
 
 
 def test_a_round_that_truncates_is_not_exact():
-    model, _, _, _, outcome = next(play("flora", (7, 4), [("q",)] * 2, (1, 1), 1, 0.3))
-    assert advance(model, outcome)[1].exact
-    after, proof = advance(model, outcome, Budget(max_rank=3))
+    found = next(play("flora", (7, 4), [("q",)] * 2, (1, 1), 1, 0.3))
+    assert advance(found.before, found.outcome)[1].exact
+    after, proof = advance(found.before, found.outcome, Budget(max_rank=3))
     assert not proof.exact
     assert "cut to rank 3" in proof.reason
     assert proof.rank == after.merged["q"].rank == 3
@@ -233,7 +230,7 @@ def test_dropping_the_remainder_is_found_out():
 
 
 def test_an_unknown_method_lists_the_right_ones():
-    with pytest.raises(ValueError, match=r"fedit, flora, warm, zero-padding, got 'fedavg'"):
+    with pytest.raises(ValueError, match=r"fedex, fedit, .*, zero-padding, got 'fedavg'"):
         build_method("fedavg")
 
 
@@ -256,7 +253,7 @@ def test_a_dead_component_is_drawn_afresh_and_the_product_stays():
     assert (filled.A.abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(AGGREGATORS) - set(START_FREE)))
+@pytest.mark.parametrize("name", STARTING)
 def test_non_carrying_methods_report_what_a_small_client_loses(name):
     model = GlobalModel(start={m: random_delta(*SHAPES[m], 6, 1) for m in SHAPES})
     rule = build_method(name).constrain(1)

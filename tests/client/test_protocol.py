@@ -88,11 +88,11 @@ def test_factors_out_of_shape_are_refused_by_name(record, message):
 def test_a_factor_alone_or_of_another_name_is_refused():
     record = pack_adapter(ADAPTER)
     del record["model.layers.0.q/B"]
-    with pytest.raises(ValueError, match=r"no B for model\.layers\.0\.q"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.q needs the tensors A\+B or W, got A"):
         unpack_adapter(record)
     record = pack_adapter(ADAPTER)
     record["extra"] = record["model.layers.0.q/A"]
-    with pytest.raises(ValueError, match="'extra'"):
+    with pytest.raises(ValueError, match=r"extra needs the tensors .*, got extra"):
         unpack_adapter(record)
 
 

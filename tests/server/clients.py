@@ -6,10 +6,10 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from corolla.aggregation import FreshRows, LowRankDelta, fill_adapter
+from corolla.aggregation import DenseDelta, FreshRows, LowRankDelta, fill_adapter
 from corolla.client.protocol import Hello, Reply, Task
 from corolla.simulations.grid import InProcessGrid
-from tests.aggregation.federations import random_delta
+from tests.aggregation.federations import move
 
 SHAPES = {"layer.q": (6, 8), "layer.v": (4, 8)}
 BASE = "the-base"
@@ -35,11 +35,11 @@ def fake_grid(
     def train(message: Message, context: Context) -> Message:
         name, task = str(context.node_config["name"]), Task.unpack(message.content)
         order = task.order
-        start = fill_adapter(task.start, SHAPES, order.rank, FreshRows(order.seed, order.fresh_round))
-        step = {
-            m: random_delta(*SHAPES[m], d.rank, order.round * 100 + len(name) + d.rank, 0.1) for m, d in start.items()
-        }
-        moved = {m: LowRankDelta(d.A + step[m].A, d.B + step[m].B) for m, d in start.items()}
+        begin = {m: DenseDelta(torch.zeros(shape)) for m, shape in SHAPES.items()}
+        if order.trains != "W":
+            begin = fill_adapter(task.start, SHAPES, order.rank, FreshRows(order.seed, order.fresh_round))
+        key = order.round * 100 + len(name) + order.rank
+        moved = {m: move(d, order.trains, 0.1, key + i) for i, (m, d) in enumerate(begin.items())}
         reply = Reply(
             name, order.round, order.model, BASE, 10 * order.rank, 4, moved, {"loss_before": 1.0, "train_loss": 2.0}
         )

@@ -32,9 +32,9 @@ def test_toml_and_overrides(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('[run]\nrounds = 7\nseed = 3\n[adapter]\ntarget_modules = ["q_proj"]\n[clients]\nranks = "16..4"\n')
     config = Config.load(
-        path, ["run.rounds=5", "aggregation.method=fedit", "clients.target_modules=[['a'], 'all-linear']"]
+        path, ["run.rounds=5", "aggregation.method=rbla", "clients.target_modules=[['a'], 'all-linear']"]
     )
-    assert (config.run.rounds, config.run.seed, config.aggregation.method) == (5, 3, "fedit")
+    assert (config.run.rounds, config.run.seed, config.aggregation.method) == (5, 3, "rbla")
     assert config.adapter.target_modules == ("q_proj",)
     assert [config.clients.rank(k) for k in range(4)] == [16, 8, 4, 16]
     assert config.clients.targets(2) == ("a",)
@@ -48,7 +48,7 @@ def test_toml_and_overrides(tmp_path):
         ("rnu.rounds=5", r"rnu is no setting: did you mean run\?"),
         ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1, got 0"),
         ("run.rounds=many", r"run\.rounds: .*integer.*got 'many'"),
-        ("aggregation.method=fedavg", r"aggregation\.method: must be one of fedit, flora, .*got 'fedavg'"),
+        ("aggregation.method=fedavg", r"aggregation\.method: must be one of fedex, fedit, .*got 'fedavg'"),
         ("clients.ranks=big", r"clients.ranks must be a rank, a list, '32\.\.4' or 'node', got 'big'"),
         ("clients.ranks=[4, 0]", r"clients.ranks must be at least 1"),
         ("model.dtype=int4", r"model\.dtype: .*'float32'.*got 'int4'"),

@@ -8,7 +8,7 @@ import torch
 
 from corolla.aggregation import AGGREGATORS, GlobalModel, LowRankDelta, advance, build_method, client_weights, whole
 from corolla.server.strategy import FederatedLoRA, Sampling
-from tests.aggregation.federations import dense, difference
+from tests.aggregation.federations import dense, difference, principal
 from tests.server.clients import SHAPES, fake_grid, nan, with_factor
 
 RANKS = {"ann": 4, "bob": 3, "cleo": 2, "dan": 5}
@@ -106,8 +106,8 @@ def test_the_model_is_what_the_method_makes_of_the_replies(method):
     ranks = RANKS if build_method(method).mixed_ranks else dict.fromkeys(RANKS, 3)
     from corolla.aggregation import ClientUpdate
 
-    before = build_method(method).initial(SHAPES, max(ranks.values()), 0)
-    strategy, records = run(fake_grid(ranks), rounds=2, method=method)
+    before = build_method(method).initial(SHAPES, max(ranks.values()), 0, principal)
+    strategy, records = run(fake_grid(ranks), rounds=3, method=method, principal=principal)
     for _, model, replies in records:
         updates = [ClientUpdate(name, 10 * ranks[name], adapter) for name, adapter in replies.items()]
         outcome = build_method(method).aggregate(updates, client_weights(updates), before)

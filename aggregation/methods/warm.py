@@ -2,22 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+from corolla.aggregation.algebra import add_adapters, without_empty
+from corolla.aggregation.delta import low_rank
 from corolla.aggregation.exact import certify, exact_mean
-from corolla.aggregation.lowrank import add, add_adapters, compress, without_empty, zeros
+from corolla.aggregation.lowrank import split
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import shared_start
-from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate, LowRankDelta
-
-
-def split(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, LowRankDelta]:
-    """ΔW as (its top `rank` components, the rest); the first is padded with zero components up to `rank`."""
-    ordered, _ = compress(delta)
-    top = ordered.first(rank)
-    return add([top, zeros(*delta.shape, rank - top.rank)]), ordered.after(rank)
+from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    mean = exact_mean(updates, weights, model.start)
+    mean = low_rank(exact_mean(updates, weights, model.start))
     parts = {module: split(delta, model.start[module].rank) for module, delta in mean.items()}
     start = {module: top for module, (top, _) in parts.items()}
     merge = without_empty({module: rest for module, (_, rest) in parts.items()})
@@ -27,5 +22,8 @@ def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], mo
 
 def warm() -> Method:
     """Of the exact mean M, the top r (the largest rank of the population) becomes the next start and the rest is
-    merged, as FedMomentum does (2026; known from its abstract). Clients carry what their rank cannot hold. Exact."""
-    return Method("warm", shared_start, lambda round: ClientRule(carries=True), _aggregate, common_start=True)
+    merged, as FedMomentum does (arXiv:2603.08014; known from its abstract). Clients carry what their rank cannot
+    hold. Exact."""
+    why = "its clients begin from the top components of the mean and carry the rest"
+    rule = ClientRule(carries=True)
+    return Method("warm", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why)

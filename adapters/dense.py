@@ -1,0 +1,63 @@
+"""Dense changes beside a base that stays as it is: what full fine-tuning trains."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corolla.aggregation import DenseDelta
+
+PARAMETER = "corolla_delta_"
+"""PARAMETER + name is the parameter of a module that holds its change."""
+
+
+@contextmanager
+def dense_beside(base: nn.Module, deltas: Mapping[str, DenseDelta], name: str, trains: bool) -> Iterator[nn.Module]:
+    """`base` computing x (W₀ + ΔW)ᵀ in these modules: ΔW is a float32 parameter of its own, with gradients or without.
+
+    Works in place, by a hook on each module, and takes everything off again at the end. Raises ValueError, naming it,
+    for a module that the base lacks or whose shape differs.
+    """
+    hooks, layers = [], {module: _layer(base, module, delta) for module, delta in deltas.items()}
+    try:
+        for module, layer in layers.items():
+            weight = deltas[module].W.to(layer.weight.device, torch.float32, copy=True)
+            layer.register_parameter(PARAMETER + name, nn.Parameter(weight, requires_grad=trains))
+            hooks.append(layer.register_forward_hook(_adding(name)))
+        yield base
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers.values():
+            layer._parameters.pop(PARAMETER + name, None)
+
+
+def read_dense(model: nn.Module, name: str) -> dict[str, DenseDelta]:
+    """The changes that `dense_beside` put there under `name`, as float32 copies on the CPU."""
+    found = {}
+    for module, layer in model.named_modules():
+        weight = layer._parameters.get(PARAMETER + name)
+        if weight is not None:
+            found[module] = DenseDelta(weight.detach().to("cpu", torch.float32).clone())
+    return found
+
+
+def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:
+    try:
+        layer: Any = base.get_submodule(module)
+    except AttributeError as error:
+        raise ValueError(f"a dense change needs its module in the base, got none named {module}") from error
+    expected = (layer.weight.shape[0], layer.weight.shape[1])
+    if delta.shape not in (expected, expected[::-1]):  # transformers' Conv1D stores (in, out)
+        raise ValueError(f"the change of {module} must have shape {expected}, got {delta.shape}")
+    return layer
+
+
+def _adding(name: str) -> Any:
+    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        weight = layer._parameters[PARAMETER + name]
+        return output + nn.functional.linear(inputs[0].to(weight.dtype), weight).to(output.dtype)
+
+    return hook

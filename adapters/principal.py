@@ -1,0 +1,28 @@
+"""The principal components of a base's weights: where FR-LoRA starts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from corolla.aggregation import LowRankDelta, Shapes
+
+
+@torch.no_grad()
+def principal_components(base: nn.Module, shapes: Shapes, rank: int) -> dict[str, LowRankDelta]:
+    """Module -> (B = U √Σ, A = √Σ Vᵀ), the top `rank` components of its weight, by a full SVD in float32.
+
+    Signs are fixed as in `compress`. They are computed once, on the server: an SVD is not the same on every machine.
+    """
+    return {module: _top(base.get_submodule(module), rank) for module in sorted(shapes)}
+
+
+def _top(layer: Any, rank: int) -> LowRankDelta:
+    weight = layer.weight.detach().float()
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    a, b = root[:, None] * vh[:rank], u[:, :rank] * root
+    signs = torch.gather(a, 1, a.abs().argmax(1, keepdim=True)).sign()
+    return LowRankDelta((a * signs).cpu().contiguous(), (b * signs.T).cpu().contiguous())

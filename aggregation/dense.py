@@ -1,0 +1,46 @@
+"""The algebra of dense changes: full fine-tuning, where ΔW is a matrix and a sum is a sum."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from corolla.aggregation.delta import DenseDelta
+from corolla.aggregation.lowrank import Budget, require_one_shape
+
+
+def scale(delta: DenseDelta, factor: float) -> DenseDelta:
+    """factor · W, in the dtype of `delta`."""
+    return DenseDelta((delta.W.double() * factor).to(delta.W.dtype))
+
+
+def add(deltas: Sequence[DenseDelta]) -> DenseDelta:
+    """Σ W_i in float64, cast to the dtype of the first. Raises ValueError for none, or for different (out, in)."""
+    require_one_shape(deltas)
+    total = deltas[0].W.double().clone()
+    for delta in deltas[1:]:
+        total += delta.W
+    return DenseDelta(total.to(deltas[0].W.dtype))
+
+
+def distance(one: DenseDelta, other: DenseDelta) -> float:
+    """‖one − other‖_F in float64."""
+    return norm(DenseDelta(one.W.double() - other.W.double()))
+
+
+def norm(delta: DenseDelta) -> float:
+    """‖W‖_F in float64."""
+    return float(torch.linalg.matrix_norm(delta.W.double()))
+
+
+def singular_values(delta: DenseDelta) -> Tensor:
+    """The singular values of W in float64, largest first."""
+    sigma: Tensor = torch.linalg.svdvals(delta.W.double())
+    return sigma
+
+
+def compress(delta: DenseDelta, budget: Budget) -> tuple[DenseDelta, float]:
+    """W in float32 and 0.0: a dense change stays whole. Raises ValueError for a budget that limits its rank."""
+    if budget.max_rank is not None:
+        raise ValueError(f"a dense change has no factors to cut, got max_rank = {budget.max_rank}: leave it out")
+    return delta.single(), 0.0

@@ -1,0 +1,1 @@
+"""One file a method: its rule for clients, its rule for the server, its source."""
