@@ -30,6 +30,7 @@ from corolla.aggregation.exact import certify, exact_mean
 from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
 from corolla.aggregation.methods.flora import stack
+from corolla.aggregation.noise import NoiseOf, measure_noise
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
@@ -62,6 +63,7 @@ __all__ = [
     "LowRankDelta",
     "LowRankState",
     "Method",
+    "NoiseOf",
     "Principal",
     "Shapes",
     "adapter_norm",
@@ -80,6 +82,7 @@ __all__ = [
     "fill",
     "fill_adapter",
     "low_rank",
+    "measure_noise",
     "no_principal",
     "norm",
     "ranks",

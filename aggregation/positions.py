@@ -8,7 +8,7 @@ from torch import Tensor
 
 from corolla.aggregation.delta import LowRankDelta, LowRankState, low_rank
 from corolla.aggregation.exact import in_order, modules_of
-from corolla.aggregation.lowrank import zeros
+from corolla.aggregation.lowrank import add, zeros
 from corolla.aggregation.state import ClientUpdate
 
 
@@ -47,11 +47,7 @@ class PositionalSum:
 def sum_positions(
     updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
 ) -> dict[str, PositionalSum]:
-    """Module -> the positional sum over the clients that adapt it, as wide as the start.
-
-    A module without a start gets one of zeros, as wide as the largest client. Raises ValueError for a client that has
-    more components than the start.
-    """
+    """Module -> the positional sum over the clients that adapt it, as wide as the start and the largest client."""
     ordered = in_order(updates)
     return {module: _sum(module, ordered, weights, start) for module in modules_of(updates, start)}
 
@@ -60,21 +56,22 @@ def _sum(
     module: str, updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
 ) -> PositionalSum:
     held_by = {u.client_id: low_rank(u.adapter)[module] for u in updates if module in u.adapter}
-    begin = start.get(module) or _empty(held_by)
+    begin = _widened(start.get(module), list(held_by.values()))
     a, b = torch.zeros_like(begin.A, dtype=torch.float64), torch.zeros_like(begin.B, dtype=torch.float64)
     held = torch.zeros(begin.rank, dtype=torch.float64)
     for client, delta in held_by.items():
-        if delta.rank > begin.rank:
-            raise ValueError(f"{module} of client {client} must have at most {begin.rank} components, got {delta.rank}")
         a[: delta.rank] += weights[client] * delta.A.double()
         b[:, : delta.rank] += weights[client] * delta.B.double()
         held[: delta.rank] += weights[client]
     return PositionalSum(a, b, held, begin)
 
 
-def _empty(deltas: Mapping[str, LowRankDelta]) -> LowRankDelta:
-    some = next(iter(deltas.values()))
-    return zeros(*some.shape, max(delta.rank for delta in deltas.values()))
+def _widened(start: LowRankDelta | None, deltas: Sequence[LowRankDelta]) -> LowRankDelta:
+    """The start with components of zeros up to the largest client's rank; one of zeros where there is none."""
+    widest = max((delta.rank for delta in deltas), default=0)
+    if start is None:
+        return zeros(*deltas[0].shape, widest)
+    return add([start, zeros(*start.shape, widest - start.rank)]) if widest > start.rank else start
 
 
 def zero_padded_mean(

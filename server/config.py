@@ -122,6 +122,8 @@ class Config(Section):
                 "aggregation.method = 'full' moves whole weights, got adapter.init_from or aggregation.max_rank, which "
                 "are for adapters: leave them out"
             )
+        if self.aggregation.noise and self.aggregation.method == "full":
+            raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
         method.require(self.clients.by_name(), {})
         return self
 

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from corolla.aggregation import (
     GlobalModel,
     compress_adapter,
     low_rank,
+    measure_noise,
     whole,
     without_empty,
 )
@@ -50,6 +52,8 @@ class Recorder:
     def round(self, record: RoundRecord, model: GlobalModel, replies: Mapping[str, AdapterState]) -> None:
         """The round's replies if they are kept, its checkpoint and line; then old checkpoints go."""
         line = {"kind": "round", **asdict(record), "received_loss": record.received_loss}
+        if not record.noise:
+            del line["noise"]
         if self.config.run.keep_replies:
             self.folder.save_replies(record.round, replies)
         self.folder.save(Checkpoint(model, record.round, line))
@@ -123,8 +127,10 @@ def build_strategy(
     """The strategy that `config` describes, at `checkpoint` where there is one."""
     run, aggregation = config.run, config.aggregation
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
+    method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
+    judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
     return FederatedLoRA(
-        aggregation.build(),
+        method,
         settings=config.settings().model_dump_json(),
         seed=run.seed,
         weights=aggregation.weights,
@@ -133,7 +139,8 @@ def build_strategy(
         min_replies=run.min_replies,
         deadline=run.deadline,
         budget=Budget(aggregation.max_rank),
-        download=Budget(aggregation.download_rank, aggregation.download_error),
+        download=download,
+        noise=judge if aggregation.noise else None,
         evaluate=run.evaluate,
         base_hash=config.model.hash or _own_base_hash(config.model.name),
         principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),

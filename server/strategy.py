@@ -5,7 +5,7 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +19,9 @@ from corolla.aggregation import (
     Budget,
     ClientRule,
     ClientShare,
-    ClientUpdate,
     GlobalModel,
     Method,
+    NoiseOf,
     Principal,
     adapter_norm,
     add_adapters,
@@ -75,9 +75,6 @@ class RoundRecord:
         return weighted_mean(self.clients, "loss_before", "num_examples")
 
 
-Noise = Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], Mapping[str, Any]]
-"""(updates, weights, model before the round) -> what is recorded as the round's `noise`."""
-
 OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
 OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
 
@@ -115,7 +112,7 @@ class FederatedLoRA(Strategy):
         evaluate: str = "ends",
         base_hash: str = "",
         principal: Principal = no_principal,
-        noise: Noise | None = None,
+        noise: NoiseOf | None = None,
         model: GlobalModel | None = None,
         merged: AdapterState | None = None,
         rounds_done: int = 0,

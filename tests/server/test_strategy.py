@@ -117,6 +117,13 @@ def test_the_model_is_what_the_method_makes_of_the_replies(method):
     assert strategy.model.digest() == before.digest()
 
 
+def test_clients_that_the_method_cannot_serve_are_refused_before_any_training():
+    with pytest.raises(ValueError, match=r"fedit averages clients of one rank, got .*'ann': 4"):
+        run(fake_grid(RANKS), method="fedit")
+    with pytest.raises(ValueError, match="a server without the base"):
+        run(fake_grid(dict.fromkeys(RANKS, 3)), method="fr-lora")
+
+
 def test_sampling_is_seeded_and_counts():
     names = [f"c{i}" for i in range(10)]
     draw = Sampling(fraction=0.25).draw
