@@ -33,6 +33,10 @@ def norm(delta: DenseDelta) -> float:
     return float(torch.linalg.matrix_norm(delta.W.double()))
 
 
+gram_norm = norm
+"""There is nothing to save."""
+
+
 def singular_values(delta: DenseDelta) -> Tensor:
     """The singular values of W in float64, largest first."""
     sigma: Tensor = torch.linalg.svdvals(delta.W.double())

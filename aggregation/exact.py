@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from corolla.aggregation.algebra import adapter_norm, add, module_distance, norm, ranks, scale
+from corolla.aggregation.algebra import adapter_size, add, module_distance, norm, ranks, scale
 from corolla.aggregation.delta import AdapterState, Delta, LowRankDelta, LowRankState
 from corolla.aggregation.state import Certificate, ClientUpdate
 
@@ -84,7 +84,7 @@ def certify(
         error += module_distance(module, outcome, target) ** 2
         if module in start:
             put_back += norm(remainder(start[module], module, updates, weights)) ** 2
-    size = sum(weights[u.client_id] * adapter_norm(u.adapter) for u in updates) + math.sqrt(put_back)
+    size = sum(weights[u.client_id] * adapter_size(u.adapter) for u in updates) + math.sqrt(put_back)
     relative = math.sqrt(error) / size if size else math.sqrt(error)
     exact = bool(claim) and relative <= EXACT
     if claim and not exact:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.aggregation.delta import AdapterState, LowRankDelta, LowRankState, low_rank
 from corolla.aggregation.exact import exact_mean, in_order, modules_of
-from corolla.aggregation.lowrank import Budget, add
+from corolla.aggregation.lowrank import Budget, add, triangular
 from corolla.aggregation.method import Method
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.rounds import cut, share
@@ -104,8 +104,8 @@ def in_coordinates(updates: Sequence[ClientUpdate], weights: Mapping[str, float]
 
 def _split(stack: LowRankDelta, ranks: Sequence[int]) -> list[LowRankDelta]:
     """The parts of a stack of these ranks in the basis of the whole, in float64."""
-    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (stack.B, stack.A.T))
-    parts = zip(r_b.split(list(ranks), dim=1), r_a.split(list(ranks), dim=1), strict=True)
+    r_b, r_a = (triangular(factor)[1] for factor in (stack.B, stack.A.T))
+    parts = zip(*(torch.split(r, list(ranks), dim=1) for r in (r_b, r_a)), strict=True)
     return [LowRankDelta(a.T.contiguous(), b.contiguous()) for b, a in parts]
 
 
