@@ -34,6 +34,7 @@ from corolla.aggregation.noise import NoiseOf, measure_noise
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
+from corolla.aggregation.slots import Slots
 from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
 from corolla.aggregation.state import (
     Certificate,
@@ -66,6 +67,7 @@ __all__ = [
     "NoiseOf",
     "Principal",
     "Shapes",
+    "Slots",
     "adapter_norm",
     "add",
     "add_adapters",

@@ -62,17 +62,30 @@ def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
 def weighted_stack(parts: Sequence[tuple[LowRankDelta, float]]) -> LowRankDelta:
     """Σ w_i ΔW_i by concatenation in the dtype of the first: `[w_1 B_1 …] @ [A_1; …]`, each entry rounded once.
 
-    Every factor is written straight into its place, so it costs little more than a copy of the bytes.
+    Every factor is written straight into its place, so it costs no more than a copy of the bytes; where the rows of A
+    lie side by side already (`Slots`), they are not copied at all.
     """
     require_one_shape([delta for delta, _ in parts])
     rank, first = sum(delta.rank for delta, _ in parts), parts[0][0]
-    a, b = first.A.new_empty(rank, first.shape[1]), first.B.new_empty(first.shape[0], rank)
+    b = first.B.new_empty(first.shape[0], rank)
     at = 0
     for delta, weight in parts:
-        a[at : at + delta.rank] = delta.A
         torch.mul(delta.B, weight, out=b[:, at : at + delta.rank])
         at += delta.rank
-    return LowRankDelta(a, b)
+    return LowRankDelta(_rows_together([delta.A for delta, _ in parts]), b)
+
+
+def _rows_together(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, one below the other: a view where they lie so already, else a copy."""
+    parts = [part for part in parts if part.shape[0]] or parts[:1]
+    first, row = parts[0], parts[0].shape[1] * parts[0].element_size()
+    place = first.data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
+        if not (same and part.is_contiguous() and part.data_ptr() == place):
+            return torch.cat(list(parts))
+        place += part.shape[0] * row
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
 
 
 def distance(one: LowRankDelta, other: LowRankDelta) -> float:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from corolla.aggregation.delta import AdapterState, LowRankState
@@ -96,7 +95,7 @@ class GlobalModel:
         sha = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-            sha.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            sha.update(tensor.detach().numpy().tobytes())
         return sha.hexdigest()
 
 

@@ -6,8 +6,8 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
@@ -23,6 +23,7 @@ from corolla.aggregation import (
     Method,
     NoiseOf,
     Principal,
+    Slots,
     adapter_norm,
     add_adapters,
     advance,
@@ -38,6 +39,7 @@ from corolla.aggregation import (
 from corolla.client.protocol import Order, Reply, Task, adapter_bytes, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
+from corolla.server.stream import Stream
 from corolla.server.validation import Rejected, check_reply
 
 
@@ -131,6 +133,7 @@ class FederatedLoRA(Strategy):
         self._evaluated = set(evaluated)
         self.on_round, self.on_evaluation = on_round, on_evaluation
         self._orders: dict[str, Order] = {}
+        self._slots: Slots | None = None
         self._sent: dict[str, dict[str, Any]] = {}
         self._evaluators: set[str] = set()
         self._cut_error = 0.0
@@ -142,6 +145,7 @@ class FederatedLoRA(Strategy):
         Raises RuntimeError where no client can take part, ValueError where these clients cannot under this method.
         """
         self._last_round = rounds
+        grid = cast(Grid, Stream(grid))
         self._meet(grid, self.wanted)
         if self._due() and self.rounds_done not in self._evaluated:
             replies = grid.send_and_receive(self._evaluation_messages(), timeout=self.deadline)
@@ -193,6 +197,8 @@ class FederatedLoRA(Strategy):
         version = model.digest()
         chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
         self._orders, self._sent, messages = {}, {}, []
+        shapes = {client: self.fleet.clients[client].shapes for client in chosen}
+        self._slots = None if "W" in rule.trains else Slots(shapes, ranks)
         for client in chosen:
             hello = self.fleet.clients[client]
             part = share(reduced, rule, ranks[client], hello.shapes)
@@ -280,7 +286,7 @@ class FederatedLoRA(Strategy):
                 reply = self._accept(message, client)
                 if client in accepted:
                     raise Rejected("a client may reply once a round, got a second reply")
-                accepted[client] = reply
+                accepted[client] = self._in_place(client, reply)
                 self._sent[client] = {
                     **reply.metrics,
                     **self._sent[client],
@@ -294,6 +300,10 @@ class FederatedLoRA(Strategy):
         for client in self._orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {self.deadline:g} s"
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
+
+    def _in_place(self, client: str, reply: Reply) -> Reply:
+        """The reply with its factors in the round's stack, so that its message can go; not for whole weights."""
+        return replace(reply, adapter=self._slots.put(client, reply.adapter)) if self._slots else reply
 
     def _accept(self, message: Message, client: str) -> Reply:
         if client not in self._orders:

@@ -1,11 +1,10 @@
-"""A Flower Grid in this process: every message is answered at once, by the ClientApp itself, in the given order.
+"""A Flower Grid in this process: every message is answered by the ClientApp itself, in the given order.
 
 No Ray and no SuperLink: one process, one open base, errors with their traceback. The ServerApp and the ClientApp are
 the ones that are deployed.
 """
 
 import logging
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from corolla.server.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class InProcessGrid(Grid):
             1000 + i: Context(RUN_ID, 1000 + i, dict(node), RecordDict(), dict(run_config))
             for i, node in enumerate(nodes)
         }
-        self._replies: dict[str, Message] = {}
+        self._asked: dict[str, Message] = {}
         self._count = 0
 
     def set_run(self, run: Run) -> None:
@@ -64,13 +65,13 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answers each message and returns the ids to pull the replies by."""
+        """Takes the messages in, and returns the ids to pull the replies by."""
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
         self._count += 1
         message.metadata.__dict__["_message_id"] = f"{self._count}"
-        self._replies[message.metadata.message_id] = self._answer(message)
+        self._asked[message.metadata.message_id] = message
         return message.metadata.message_id
 
     def _answer(self, message: Message) -> Message:
@@ -83,16 +84,9 @@ class InProcessGrid(Grid):
             self._on_message(message.metadata.message_type)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages; each is given out once."""
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        """The replies to these messages, each given out once: a client works when its reply is pulled."""
+        return [self._answer(self._asked.pop(i)) for i in message_ids if i in self._asked]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Replies in the order of the messages. Once `timeout` seconds are over, no further client is begun."""
-        until = None if timeout is None else time.monotonic() + timeout
-        ids: list[str] = []
-        for message in messages:
-            if until is not None and time.monotonic() > until:
-                log.warning("%g seconds are over: a client is left out of this round", timeout)
-                continue
-            ids.append(self._push(message))
-        return self.pull_messages(ids)
+        """Replies as they come, in the order of the messages; no client is begun after `timeout` seconds."""
+        return Stream(self).send_and_receive(messages, timeout=timeout)
