@@ -1,0 +1,3 @@
+"""placeholder"""
+FORMATS = ("svg", "pdf")
+def write_figures(): ...
