@@ -16,21 +16,23 @@ const svg = (tag, attributes = {}, ...children) =>
 const isNumber = (value) => typeof value === "number";
 const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
-/** A value for reading: three digits that count, and a unit ("%": a fraction in percent, "B": bytes, "0": a count). */
-function format(value, unit = "") {
+/** A value for reading: three digits that count, and a unit ("%": a fraction in percent, "B": bytes, "0": a count).
+    `full` keeps the zeros at the end, for the columns of a table. */
+function format(value, unit = "", full = false) {
   if (value === null || value === undefined || value === "") return "–";
   if (typeof value === "boolean") return value ? "yes" : "no";
   if (!isNumber(value)) return Array.isArray(value) ? value.map((entry) => format(entry, "0")).join(", ") : String(value);
-  if (unit === "%" && (value === 0 || Math.abs(value) >= 1e-4)) return `${digits(100 * value, 1)} %`;
+  if (unit === "%" && (value === 0 || Math.abs(value) >= 1e-4)) return `${digits(100 * value, 1, full)}\u202f%`;
   if (unit === "B") return bytes(value);
   if (unit === "0") return String(value).replace("-", "−");
   const size = Math.abs(value);
-  if (value === 0 || (size >= 1e-3 && size < 1e5)) return digits(value, size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+  if (value === 0 || (size >= 1e-3 && size < 1e5)) return digits(value, size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3, full);
   const [mantissa, exponent] = value.toExponential(1).split("e");
   const power = exponent.replace("+", "").replace("-", "⁻").replace(/\d/g, (digit) => SUPERSCRIPTS[digit]);
   return `${mantissa} × 10${power}`.replace("-", "−");
 }
-const digits = (value, decimals) => String(Number(value.toFixed(decimals))).replace("-", "−");
+const digits = (value, decimals, full = false) =>
+  (full && value !== 0 ? value.toFixed(decimals) : String(Number(value.toFixed(decimals)))).replace("-", "−");
 function bytes(value) {
   const at = value < 1000 ? 0 : Math.min(4, Math.floor(Math.log10(value) / 3));
   return `${digits(value / 1000 ** at, value / 1000 ** at >= 100 ? 0 : 1)} ${["B", "kB", "MB", "GB", "TB"][at]}`;
@@ -73,7 +75,7 @@ function axis(values, kind) {
   const low = Math.min(...values), high = Math.max(...values);
   if (kind === "round") {
     const step = Math.max(1, Math.ceil((high - low) / 8));
-    const marks = Array.from({ length: Math.floor((high - low) / step) + 1 }, (_, i) => low + i * step);
+    const marks = Array.from({ length: Math.floor((high - low) / step) + 1 }, (_, i) => high - i * step);
     return { low, high: high === low ? low + 1 : high, marks, map: (v) => v };
   }
   if (kind === "rank") return { low: Math.log2(low), high: Math.log2(high) || 1, marks: [...new Set(values)].sort((a, b) => a - b), map: Math.log2 };
@@ -82,7 +84,8 @@ function axis(values, kind) {
     const marks = Array.from({ length: last - first + 1 }, (_, i) => 10 ** (first + i));
     return { low: first, high: last, marks, map: Math.log10 };
   }
-  const marks = ticks(Math.min(low, kind === "free" ? low : 0), Math.max(high, kind === "free" ? high : 0));
+  const marks = ticks(Math.min(low, 0), Math.max(high, 0));
+  if (kind === "amount") return { low: 0, high, marks: marks.filter((mark) => mark <= high), map: (v) => v };
   return { low: marks[0], high: marks[marks.length - 1], marks, map: (v) => v };
 }
 
@@ -178,18 +181,22 @@ function drawHeat(width, { rows, columns, cell, low, high, unit, label, axisLabe
   const left = Math.max(...rows.map((row) => widthOf(row))) + 10, tall = 24;
   const size = Math.min(44, (width - left - 4) / columns.length), bottom = rows.length * tall;
   const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 38}`, role: "img", "aria-label": label });
+  const cells = rows.flatMap((row) => columns.map((column) => cell(row, column))).filter(Boolean);
+  const written = cells.every(({ value }) => widthOf(format(value, unit)) < size - 4);
   rows.forEach((row, r) => {
     root.append(svg("text", { x: left - 8, y: r * tall + 16, "text-anchor": "end" }, row));
     columns.forEach((column, c) => {
+      const x = left + c * size, y = r * tall;
       const found = cell(row, column);
       if (!found) return;
-      const place = { x: left + c * size + 0.5, y: r * tall + 1, width: Math.max(1, size - 1), height: tall - 2, tip: found.tip };
-      if (!isNumber(found.value)) return root.append(svg("rect", { ...place, class: "cell undefined" }));
+      const place = { x: x + 0.5, y: y + 1, width: Math.max(1, size - 1), height: tall - 2, tip: found.tip };
+      if (!isNumber(found.value)) {
+        const cross = `M${x + 2} ${y + 3}L${x + size - 2} ${y + tall - 3}M${x + 2} ${y + tall - 3}L${x + size - 2} ${y + 3}`;
+        return root.append(svg("path", { d: cross, class: "undefined" }), svg("rect", { ...place, class: "touch" }));
+      }
       const depth = high > low ? (found.value - low) / (high - low) : 1;
       root.append(svg("rect", { ...place, class: "cell mark", "fill-opacity": (0.08 + 0.92 * depth).toFixed(3) }));
-      const text = format(found.value, unit);
-      if (widthOf(text) < size - 4)
-        root.append(svg("text", { x: place.x + size / 2, y: r * tall + 16, "text-anchor": "middle", class: depth > 0.5 ? "on" : "off" }, text));
+      if (written) root.append(svg("text", { x: x + size / 2, y: y + 16, "text-anchor": "middle", class: depth > 0.6 ? "on" : "off" }, format(found.value, unit)));
     });
   });
   let free = -Infinity;
@@ -200,12 +207,12 @@ function drawHeat(width, { rows, columns, cell, low, high, unit, label, axisLabe
     root.append(svg("text", { x, y: bottom + 15, "text-anchor": "middle" }, String(column)));
   });
   root.append(svg("text", { x: left + (columns.length * size) / 2, y: bottom + 32, "text-anchor": "middle", class: "quiet" }, axisLabel));
-  return [root, key(low, high, unit)];
+  return [root, key(low, high, unit, cells.some(({ value }) => !isNumber(value)))];
 }
 
-function key(low, high, unit) {
+function key(low, high, unit, gaps) {
   const steps = Array.from({ length: 12 }, (_, i) =>
     svg("rect", { x: i * 10, y: 0, width: 10, height: 10, class: "cell", "fill-opacity": 0.08 + (0.92 * i) / 11 }));
   const ramp = svg("svg", { viewBox: "0 0 120 10", class: "ramp", "aria-hidden": "true" }, steps);
-  return html("p", { class: "key" }, format(low, unit), ramp, format(high, unit));
+  return html("p", { class: "key" }, gaps ? "crossed: undefined\u2003" : null, format(low, unit), ramp, format(high, unit));
 }

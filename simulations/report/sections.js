@@ -3,18 +3,22 @@
 const column = (text, unit = "") => ({ text, unit });
 
 /** A table: `head` are columns with their unit, the first cell of a row is its heading; every number keeps its full value. */
-function table(head, rows, { caption, total = -1, quiet = [] } = {}) {
-  const cell = (value, unit, i) => isNumber(value)
-    ? html("td", { class: "num" }, html("data", { value: String(value) }, format(value, unit)))
-    : html("td", { class: typeof value === "string" && value.length > 12 ? `text ${quiet.includes(i) ? "meaning" : ""}` : "num" }, value instanceof Node ? value : format(value, unit));
+function table(head, rows, { title, total = -1 } = {}) {
   const numeric = head.map((_, i) => i > 0 && rows.some((row) => isNumber(row[i])));
-  return html("div", { class: "scroll", tabindex: "0" }, html("table", {},
-    caption ? html("caption", {}, caption) : null,
+  const side = (value, i) => (numeric[i] ? "num" : typeof value === "string" && value.length > 24 ? "text" : "");
+  const cell = (value, i) => isNumber(value)
+    ? html("td", { class: "num" }, html("data", { value: String(value) }, format(value, head[i].unit, true)))
+    : html("td", { class: side(value, i) }, value instanceof Node ? value : format(value, head[i].unit));
+  const line = (row, r) => html("tr", { class: r === total ? "total" : "" },
+    html("th", { scope: "row" }, row[0] instanceof Node ? row[0] : format(row[0], head[0].unit)),
+    row.remark ? html("td", { colspan: head.length - 1, class: "meaning" }, row.remark) : row.slice(1).map((value, i) => cell(value, i + 1)));
+  return html("div", { class: "tabled" }, title ? html("h3", {}, title) : null, html("div", { class: "scroll", tabindex: "0" }, html("table", {},
     html("thead", {}, html("tr", {}, head.map((one, i) => html("th", { scope: "col", class: numeric[i] ? "num" : "" }, one.text)))),
-    html("tbody", {}, rows.map((row, r) => html("tr", { class: r === total ? "total" : "" },
-      html("th", { scope: "row" }, row[0] instanceof Node ? row[0] : format(row[0], head[0].unit)),
-      row.slice(1).map((value, i) => cell(value, head[i + 1].unit, i + 1)))))));
+    html("tbody", {}, rows.map(line)))));
 }
+
+/** A row of which only the heading and one remark across the others is left. */
+const remarked = (heading, remark) => Object.assign([heading], { remark });
 
 /** A plot with its title, and its numbers as a table under it; `draw(width)` gives its nodes, or null where it has no marks. */
 function figure(body, { id, title, note, draw, data }) {
@@ -62,16 +66,21 @@ const OUTCOMES = { exact_match: ["Exact match", "%"], held_out_loss: ["Held-out 
 
 function drawTraffic(body) {
   const name = state.outcome ?? "exact_match", [title, unit] = OUTCOMES[name];
-  const series = chosenRuns().map((run) => {
+  const found = chosenRuns().flatMap((run) => {
     const traffic = trafficOf(run);
-    const points = outcomes(run, name).map(([round, value]) => [traffic.get(round), value, round]).filter((point) => point[0] !== undefined)
-      .map(([sent, value, round]) => [sent, value, `round ${round}, ${format(sent, "B")}`]);
-    return { name: run.label, style: runStyle(run), points };
+    return outcomes(run, name).filter(([round]) => traffic.has(round)).map(([round, value]) => ({ run, round, value, sent: traffic.get(round) }));
   });
+  const better = (a, b) => (name === "exact_match" ? a >= b : a <= b);
+  const beaten = (one) => found.some((other) => other.sent <= one.sent && better(other.value, one.value) && (other.sent < one.sent || other.value !== one.value));
+  const front = found.filter((one) => !beaten(one)).sort((a, b) => a.sent - b.sent);
+  const point = ({ round, value, sent }) => [sent, value, `round ${round}, ${format(sent, "B")}`];
+  const series = chosenRuns().map((run) => ({ name: run.label, style: runStyle(run), points: found.filter((one) => one.run === run).map(point) }));
+  if (several()) series.unshift({ name: "front", style: { color: "ink", dash: "", width: 7 }, faint: true, points: front.map(point) });
   linesFigure(body, {
-    id: "plot-traffic", title: `${title} against bytes`, x: { label: "bytes up and down until then, all chosen clients", kind: "zero", unit: "B" }, y: { unit, kind: "zero" }, series,
-    data: () => table([column("run"), column("round", "0"), column("bytes", "B"), column(title.toLowerCase(), unit)],
-      chosenRuns().flatMap((run) => outcomes(run, name).map(([round, value]) => [run.label, round, trafficOf(run).get(round), value]))),
+    id: "plot-traffic", title: `${title} against bytes`, note: several() ? "shaded: the points that no other beats in both" : null,
+    x: { label: "bytes up and down until then, chosen clients", kind: "amount", unit: "B" }, y: { unit, kind: "zero" }, series,
+    data: () => table([column("run"), column("round", "0"), column("bytes", "B"), column(title.toLowerCase(), unit), column("beaten in both")],
+      found.map((one) => [one.run.label, one.round, one.sent, one.value, beaten(one)])),
   });
 }
 
@@ -88,11 +97,10 @@ function drawMethods(body) {
     const received = (found) => found.bytes_down && Object.keys(found.bytes_down).filter((client) => state.clients.has(client)).reduce((sum, client) => sum + found.bytes_down[client], 0);
     const rows = chosenMethods().filter((method) => methods[method]).map((method) => {
       const found = methods[method], why = found.not_applicable;
-      return why !== undefined ? [method, null, null, null, null, null, null, `not applicable: ${why}`] : [method, ...ERRORS.map(([name]) => found[name]), received(found), ""];
+      return why !== undefined ? remarked(method, `not applicable: ${why}`) : [method, ...ERRORS.map(([name]) => found[name]), received(found)];
     });
-    const remarks = rows.some((row) => row[7]);
-    const head = [column("method"), ...ERRORS.map(([, text, unit]) => column(text, unit)), column("bytes down", "B"), column("")];
-    body.append(table(remarks ? head : head.slice(0, -1), remarks ? rows : rows.map((row) => row.slice(0, -1)), { caption: provenance(run, line) }));
+    const head = [column("method"), ...ERRORS.map(([, text, unit]) => column(text, unit)), column("bytes down", "B")];
+    body.append(table(head, rows, { title: provenance(run, line) }));
   }
 }
 
@@ -162,23 +170,27 @@ function drawEnergy(body) {
   const series = chosenRuns().flatMap((run) => noisesOf(run).map((line) => ({
     name: [several() ? run.label : "", DOC.kind === "noise" ? "energy" : `round ${line.round}`].filter(Boolean).join(", "),
     style: runStyle(run), points: curve(line.noise), faint: line !== noiseLine(run),
-  })));
+  }))).filter((one) => !(one.faint && several()));
   const effective = measuredRuns().map((run) => noiseLine(run).noise.modules?.[module]?.effective_rank).filter(isNumber);
   const note = `part of the change’s squared singular values within its first r directions${effective.length ? `; effective rank ${effective.map((v) => format(v)).join(", ")}` : ""}`;
   linesFigure(body, { id: "plot-energy", title: module ? `Energy against rank: ${module}` : "Energy against rank, all modules", note, x: { label: "rank r", kind: "rank" }, y: { unit: "%", kind: "zero" }, series });
 }
 
 function drawShare(body) {
-  const place = grid(body), runs = chosenRuns().filter((run) => noisesOf(run).length);
-  const series = (run, read) => chosenClients().map((client) => ({ name: client, style: clientStyle(client), points: roundsOf(run).map((line) => [line.round, read(line, client)]).filter((point) => point[1] !== undefined) })).filter((one) => one.points.length);
-  const title = (run, text) => several() ? `${text}, ${run.label}` : text;
-  if (!runs.length) none(place, ...HOW_TO_MEASURE());
-  for (const run of runs) {
-    const all = series(run, (line, client) => line.noise?.share?.[client]), rest = { id: `plot-share-${runIndex(run)}`, title: title(run, "Share in the change"), note: "signed; the shares of all clients sum to one" };
-    if (noisesOf(run).length > 1) { linesFigure(place, { ...rest, x: ROUND, y: { unit: "%", kind: "zero" }, series: all }); continue; }
-    const items = all.map((one) => ({ ...one, value: one.points[0][1] }));
-    figure(place, { ...rest, draw: (width) => drawBars(width, { items, unit: "%", label: rest.title }), data: () => table([column("client"), column("share", "%")], items.map((item) => [item.name, item.value])) });
+  const place = grid(body), measured = (run) => noisesOf(run).length;
+  const titled = (run, text) => (several() ? `${text}, ${run.label}` : text);
+  for (const run of chosenRuns()) {
+    const weights = clientSeries(run, (line, client) => valueOf(line, client, "weight"));
+    if (DOC.kind === "runs") linesFigure(place, { id: `plot-weight-${runIndex(run)}`, title: titled(run, "Weight"), note: "p in the sum of the round’s replies", x: ROUND, y: { unit: "%", kind: "zero" }, series: weights });
+    if (measured(run)) drawShares(place, run, titled(run, "Share in the change"));
   }
-  if (DOC.kind === "runs") for (const run of chosenRuns())
-    linesFigure(place, { id: `plot-weight-${runIndex(run)}`, title: title(run, "Weight"), note: "p in the sum of the round’s replies", x: ROUND, y: { unit: "%", kind: "zero" }, series: series(run, (line, client) => valueOf(line, client, "weight")) });
+  if (!chosenRuns().some(measured)) none(place, ...HOW_TO_MEASURE());
+}
+
+function drawShares(place, run, title) {
+  const series = clientSeries(run, (line, client) => line.noise?.share?.[client]);
+  const rest = { id: `plot-share-${runIndex(run)}`, title, note: "signed; the shares of all clients sum to one" };
+  if (noisesOf(run).length > 1) return linesFigure(place, { ...rest, x: ROUND, y: { unit: "%", kind: "zero" }, series });
+  const items = series.map((one) => ({ ...one, value: one.points[0][1] }));
+  figure(place, { ...rest, draw: (width) => drawBars(width, { items, unit: "%", label: title }), data: () => table([column("client"), column("share", "%")], items.map((item) => [item.name, item.value])) });
 }

@@ -57,6 +57,12 @@ function metricSeries(lines, name) {
   });
 }
 
+/** A line per chosen client of a run, of what `read(line, client)` finds in its rounds. */
+function clientSeries(run, read) {
+  const points = (client) => roundsOf(run).map((line) => [line.round, read(line, client)]).filter((point) => point[1] !== undefined);
+  return chosenClients().map((client) => ({ name: client, style: clientStyle(client), points: points(client) })).filter((one) => one.points.length);
+}
+
 /** Round -> bytes that the chosen clients had sent and received by its end. */
 function trafficOf(run, clients = chosenClients()) {
   const total = new Map([[0, 0]]);

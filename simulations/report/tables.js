@@ -38,7 +38,8 @@ function drawComparison(body) {
     const average = (name) => groups.reduce((sum, group) => sum + run.comparison[name][group], 0) / groups.length;
     const rows = groups.map((group) => [group, ...names.map((name) => run.comparison[name][group])]);
     const node = table([column("examples"), ...names.map((name) => column(DOC.clients.includes(name) ? `${name} alone` : name, "%"))],
-      [...rows, ["average", ...names.map(average)]], { caption: several() ? run.label : null, total: rows.length });
+      [...rows, ["average", ...names.map(average)]], { title: several() ? run.label : null, total: rows.length });
+    node.classList.add("tinted");
     for (const cell of node.querySelectorAll("tbody tr:not(.total) td data")) tint(cell);
     body.append(node);
   }
@@ -47,7 +48,6 @@ function drawComparison(body) {
 function tint(cell) {
   const amount = Math.round(34 * Number(cell.value));
   cell.parentNode.style.background = `color-mix(in srgb, var(--heat) ${amount}%, transparent)`;
-  cell.parentNode.style.paddingRight = "0.6rem";
 }
 
 function drawParts(body) {
@@ -57,9 +57,20 @@ function drawParts(body) {
     const draw = (width) => rounds.length && clients.length ? drawPresence(width, rounds, clients) : null;
     const data = () => table([column("client"), ...rounds.map((line) => column(`round ${line.round}`))], clients.map((client) => [client, ...rounds.map((line) => partOf(line, client).what)]));
     figure(body, { id: `plot-part-${runIndex(run)}`, title: several() ? run.label : "Clients by round", draw, data });
-    const reasons = every.filter((one) => one.reason !== undefined).map((one) => html("li", {}, html("strong", {}, `${one.client}, round ${one.line.round}: `), `${one.what}. ${one.reason}`));
-    if (reasons.length) body.append(html("ul", { class: "reasons" }, reasons));
+    drawReasons(body, every.filter((one) => one.reason !== undefined));
   }
+}
+
+/** Every reason once, with the clients and rounds that had it. */
+function drawReasons(body, found) {
+  const groups = new Map();
+  for (const one of found) {
+    const title = `${one.what}: ${one.reason}`, clients = groups.get(title) ?? new Map();
+    groups.set(title, clients.set(one.client, [...(clients.get(one.client) ?? []), one.line.round]));
+  }
+  const who = (clients) => [...clients].map(([client, rounds]) => `${client} in round ${rounds.join(", ")}`).join("; ");
+  const items = [...groups].map(([title, clients]) => html("li", {}, title, html("span", { class: "meaning" }, ` (${who(clients)})`)));
+  if (items.length) body.append(html("ul", { class: "reasons" }, items));
 }
 
 const SIGNS = {
@@ -73,7 +84,7 @@ const SIGNS = {
 function drawPresence(width, rounds, clients) {
   const left = Math.max(...clients.map(widthOf), 40) + 12, tall = 24, bottom = clients.length * tall;
   const size = Math.min(56, (width - left - 4) / rounds.length), half = Math.max(1.5, Math.min(7, size * 0.38));
-  const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 40}`, role: "img", "aria-label": "who took part in which round" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + (rounds.every((line) => line.successful) ? 22 : 38)}`, role: "img", "aria-label": "who took part in which round" });
   clients.forEach((client, r) => {
     root.append(svg("text", { x: left - 10, y: r * tall + 16, "text-anchor": "end" }, client));
     rounds.forEach((line, c) => {
@@ -97,13 +108,15 @@ function drawPresence(width, rounds, clients) {
 }
 
 function drawCertificates(body) {
-  const rows = chosenRuns().flatMap((run) => roundsOf(run).map((line) => {
-    const { certificate: proof = {}, ...update } = line.update ?? {};
-    const verdict = line.successful ? (proof.exact ? "exact" : "not exact") : "round failed";
-    return [...(several() ? [run.label] : []), line.round, verdict, proof.relative_error, proof.rank, update.norm, update.merged_rank, update.download_error, proof.reason ?? ""];
-  }));
   const head = [column("round", "0"), column("verdict"), column("relative error"), column("rank of the sum", "0"), column("norm of the change"), column("rank of the model", "0"), column("download cut"), column("reason")];
-  body.append(table(several() ? [column("run"), ...head] : head, rows));
+  for (const run of chosenRuns()) {
+    const rows = roundsOf(run).map((line) => {
+      const { certificate: proof = {}, ...update } = line.update ?? {};
+      if (!line.successful) return remarked(line.round, "failed: too few sound replies, the model stayed as it was");
+      return [line.round, proof.exact ? "exact" : "not exact", proof.relative_error, proof.rank, update.norm, update.merged_rank, update.download_error, proof.reason ?? ""];
+    });
+    body.append(table(head, rows, { title: several() ? run.label : null }));
+  }
 }
 
 function drawConfig(body) {
