@@ -119,11 +119,11 @@ function drawLines(width, { x, y, series, label }) {
     root.append(svg("path", { d: `M${left} ${py(mark)}H${right}`, class: mark === 0 ? "zero" : "grid" }));
     root.append(svg("text", { x: left - 6, y: py(mark) + 4, "text-anchor": "end" }, format(mark, y.unit)));
   }
-  let free = -Infinity;
+  const taken = [];
   for (const mark of across.marks) {
-    const text = format(mark, x.unit ?? "0"), half = widthOf(text) / 2;
-    if (px(mark) - half < free) continue;
-    free = px(mark) + half + 8;
+    const text = format(mark, x.unit ?? "0"), reach = widthOf(text) / 2 + 4;
+    if (taken.some(([at, other]) => Math.abs(at - px(mark)) < reach + other)) continue;
+    taken.push([px(mark), reach]);
     root.append(svg("text", { x: px(mark), y: bottom + 16, "text-anchor": "middle" }, text));
   }
   root.append(svg("text", { x: (left + right) / 2, y: bottom + 33, "text-anchor": "middle", class: "quiet" }, x.label));
@@ -199,15 +199,15 @@ function drawHeat(width, { rows, columns, cell, low, high, unit, label, axisLabe
       if (written) root.append(svg("text", { x: x + size / 2, y: y + 16, "text-anchor": "middle", class: depth > 0.6 ? "on" : "off" }, format(found.value, unit)));
     });
   });
-  let free = -Infinity;
-  columns.forEach((column, c) => {
-    const x = left + (c + 0.5) * size, half = widthOf(String(column)) / 2;
-    if (x - half < free) return;
-    free = x + half + 6;
-    root.append(svg("text", { x, y: bottom + 15, "text-anchor": "middle" }, String(column)));
-  });
+  every(columns, size, (column, c) => root.append(svg("text", { x: left + (c + 0.5) * size, y: bottom + 15, "text-anchor": "middle" }, column)));
   root.append(svg("text", { x: left + (columns.length * size) / 2, y: bottom + 32, "text-anchor": "middle", class: "quiet" }, axisLabel));
   return [root, key(low, high, unit, cells.some(({ value }) => !isNumber(value)))];
+}
+
+/** Calls `write(text, index)` for every n-th of the values, so that their texts fit columns `size` wide. */
+function every(values, size, write) {
+  const stride = Math.ceil((Math.max(...values.map((value) => widthOf(String(value)))) + 6) / size);
+  values.forEach((value, i) => i % stride === 0 && write(String(value), i));
 }
 
 function key(low, high, unit, gaps) {

@@ -81,8 +81,8 @@ function constructFilter() {
 function choices(name, title, values, style) {
   const boxes = values.map((value) => html("input", { type: "checkbox", name, value, checked: true, onchange: () => set() }));
   const set = () => { state[name] = new Set(boxes.filter((box) => box.checked).map((box) => box.value)); render(); };
-  const every = (text, checked) => html("button", { type: "button", onclick: () => { boxes.forEach((box) => (box.checked = checked)); set(); } }, text);
-  return html("fieldset", {}, html("legend", {}, title, values.length > 3 ? [every("all", true), every("none", false)] : null),
+  const button = (text, checked) => html("button", { type: "button", onclick: () => { boxes.forEach((box) => (box.checked = checked)); set(); } }, text);
+  return html("fieldset", {}, html("legend", {}, title, values.length > 3 ? [button("all", true), button("none", false)] : null),
     html("div", { class: "choices" }, boxes.map((box, i) => html("label", {}, box, style ? swatch(style(values[i])) : null, values[i]))));
 }
 

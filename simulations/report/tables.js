@@ -53,11 +53,11 @@ function tint(cell) {
 function drawParts(body) {
   for (const run of chosenRuns()) {
     const rounds = roundsOf(run), clients = chosenClients().filter((client) => rounds.some((line) => partOf(line, client).what !== "not sampled"));
-    const every = rounds.flatMap((line) => clients.map((client) => ({ line, client, ...partOf(line, client) })));
+    const found = rounds.flatMap((line) => clients.map((client) => ({ line, client, ...partOf(line, client) })));
     const draw = (width) => rounds.length && clients.length ? drawPresence(width, rounds, clients) : null;
     const data = () => table([column("client"), ...rounds.map((line) => column(`round ${line.round}`))], clients.map((client) => [client, ...rounds.map((line) => partOf(line, client).what)]));
     figure(body, { id: `plot-part-${runIndex(run)}`, title: several() ? run.label : "Clients by round", draw, data });
-    drawReasons(body, every.filter((one) => one.reason !== undefined));
+    drawReasons(body, found.filter((one) => one.reason !== undefined));
   }
 }
 
@@ -93,14 +93,9 @@ function drawPresence(width, rounds, clients) {
       root.append(svg("g", { transform: place, class: "mark", "data-series": client, "data-part": what }, SIGNS[what](half), svg("rect", { x: -size / 2, y: -tall / 2, width: size, height: tall, class: "touch", tip })));
     });
   });
-  let free = -Infinity;
-  rounds.forEach((line, c) => {
-    const x = left + (c + 0.5) * size, reach = widthOf(String(line.round)) / 2;
-    if (!line.successful) root.append(svg("text", { x, y: bottom + 32, "text-anchor": "middle", class: "quiet" }, size > 36 ? "failed" : "†"));
-    if (x - reach < free) return;
-    free = x + reach + 6;
-    root.append(svg("text", { x, y: bottom + 16, "text-anchor": "middle" }, String(line.round)));
-  });
+  const write = (text, c, y) => root.append(svg("text", { x: left + (c + 0.5) * size, y, "text-anchor": "middle" }, text));
+  every(rounds.map((line) => line.round), size, (text, c) => write(text, c, bottom + 16));
+  rounds.forEach((line, c) => line.successful || write(size > 36 ? "failed" : "†", c, bottom + 32));
   const shown = Object.keys(SIGNS).filter((what) => rounds.some((line) => clients.some((client) => partOf(line, client).what === what)));
   const items = shown.map((what) => html("li", {}, svg("svg", { class: "swatch", viewBox: "-12 -7 24 14", "aria-hidden": "true" }, SIGNS[what](5)), what));
   if (rounds.some((line) => !line.successful)) items.push(html("li", {}, size > 36 ? "failed: the model stayed as it was" : "† failed: the model stayed as it was"));

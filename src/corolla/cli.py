@@ -1,4 +1,4 @@
-"""The command line: corolla simulate, export, evaluate."""
+"""The command line: corolla simulate, export, evaluate, report."""
 
 import logging
 import os
@@ -73,7 +73,7 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("[yellow]interrupted[/]: what is done is kept; go on with --resume")
         raise typer.Exit(130) from None
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
         console.print(f"[bold red]error[/] {type(error).__name__}: {error}", soft_wrap=True, highlight=False)
@@ -266,6 +266,28 @@ def evaluate(
             if not name.startswith("examples"):
                 table.add_row(name, f"{base[name]:.4f}", f"{tuned[name]:.4f}")
         console.print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="the folders of one or several runs")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="write every plot into this folder too, for a paper (pip install 'corolla[report]')"),
+    ] = None,
+    figure_format: Annotated[str, typer.Option("--format", help="of --figures: svg or pdf")] = "svg",
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page about runs: losses, noise, traffic, who took part, certificates. It needs no network."""
+    _quiet(verbose)
+    with _exit_codes():
+        from corolla.simulations.report import write_figures, write_report
+
+        drawn = write_figures(runs, figures, figure_format) if figures else []
+        console.print(f"report: {write_report(runs, out)}", soft_wrap=True)
+        if drawn:
+            console.print(f"figures: {figures} ({len(drawn)} files)", soft_wrap=True)
 
 
 if __name__ == "__main__":
