@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ def run_facts(config: Config) -> dict[str, Any]:
     """What a reader needs to rerun it: versions, commit, machine."""
     packages = ("corolla", "flwr", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": config.run.seed,
         "threads": config.run.threads or len(os.sched_getaffinity(0)),
         "versions": {name: importlib.metadata.version(name) for name in packages},

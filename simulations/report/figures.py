@@ -18,6 +18,15 @@ MARKERS = "os^DvPph"
 WIDTH, HEIGHT = 5.2, 3.2
 """Inches."""
 RANK = "rank r"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "corolla",  # the same file twice
+    "text.parse_math": False,  # a client's name is no formula
+}
 
 
 def write_figures(runs: Sequence[Path], folder: Path, format: str = "svg") -> list[Path]:
@@ -50,8 +59,7 @@ def _save(draw: Callable[[Any], None], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with rc_context({**style, "svg.hashsalt": "corolla", "pdf.fonttype": 42, "text.parse_math": False}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         draw(figure.add_subplot())
         stamp = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
@@ -61,7 +69,7 @@ def _save(draw: Callable[[Any], None], path: Path) -> None:
 def plots(document: Mapping[str, Any]) -> dict[str, Callable[[Any], None]]:
     """File name without its ending -> what draws it on axes; without those that have no numbers."""
     runs = document["runs"]
-    found = {
+    found: dict[str, Callable[[Any], None]] = {
         name: partial(_draw_lines, series={k: points for k, points in series.items() if points}, across=x, up=y)
         for name, (series, x, y) in _curves(runs).items()
         if any(series.values())

@@ -19,6 +19,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours is ric
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -76,7 +77,9 @@ def _exit_codes() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
-        console.print(f"[bold red]error[/] {type(error).__name__}: {error}", soft_wrap=True, highlight=False)
+        console.print(
+            f"[bold red]error[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True, highlight=False
+        )
         raise typer.Exit(1) from error
 
 
@@ -285,9 +288,9 @@ def report(
         from corolla.simulations.report import write_figures, write_report
 
         drawn = write_figures(runs, figures, figure_format) if figures else []
-        console.print(f"report: {write_report(runs, out)}", soft_wrap=True)
+        console.print(f"report: {write_report(runs, out)}", soft_wrap=True, markup=False)
         if drawn:
-            console.print(f"figures: {figures} ({len(drawn)} files)", soft_wrap=True)
+            console.print(f"figures: {figures} ({len(drawn)} files)", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
