@@ -96,9 +96,14 @@ def _document(kind: str, title: str, runs: list[dict[str, Any]]) -> dict[str, An
         "runs": runs,
         "clients": sorted({client for run in runs for line in run["lines"] for client in clients_of(line)}),
         "methods": list(dict.fromkeys(method for noise in noises for method in noise.get("methods") or {})),
-        "modules": place_modules({module for noise in noises for module in noise.get("modules") or {}}),
+        "modules": place_modules({module for noise in noises for module in _modules_of(noise)}),
         "meanings": _meanings() if kind == RUNS else {},
     }
+
+
+def _modules_of(noise: Mapping[str, Any]) -> set[str]:
+    methods = (noise.get("methods") or {}).values()
+    return set(noise.get("modules") or {}).union(*(found.get("modules") or {} for found in methods))
 
 
 def clients_of(line: Mapping[str, Any]) -> set[str]:
