@@ -4,7 +4,7 @@ from corolla.adapters.base import DEMO, Base, Source, base_hash, find_base, open
 from corolla.adapters.carry import carrying
 from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
-from corolla.adapters.folder import read_peft_folder, write_peft_folder
+from corolla.adapters.folder import FolderFacts, read_peft_facts, read_peft_folder, write_peft_folder
 from corolla.adapters.lora import (
     LOCAL,
     MERGED,
@@ -23,6 +23,7 @@ __all__ = [
     "MERGED",
     "AdapterSpec",
     "Base",
+    "FolderFacts",
     "Source",
     "attached",
     "base_hash",
@@ -35,6 +36,7 @@ __all__ = [
     "principal_components",
     "read_adapter",
     "read_dense",
+    "read_peft_facts",
     "read_peft_folder",
     "tail_penalty",
     "target_shapes",

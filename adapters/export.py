@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.base import Base, load_model
 from corolla.adapters.carry import carrying
-from corolla.adapters.folder import write_peft_folder
+from corolla.adapters.folder import FolderFacts, write_peft_folder
 from corolla.aggregation import AdapterState, low_rank
 
 AGREES = 1e-4
@@ -27,7 +27,7 @@ def export_adapter(base: Base, adapter: AdapterState, folder: Path) -> float:
     """
     factors = low_rank(adapter)
     expected = running_logits(base, adapter)
-    write_peft_folder(factors, folder, base.source.name, has_conv1d(base.model, adapter))
+    write_peft_folder(factors, folder, FolderFacts(base.source.name, has_conv1d(base.model, adapter)))
     model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     try:
         error = _difference(_logits(model, base), expected)

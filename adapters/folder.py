@@ -1,6 +1,7 @@
 """Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,16 @@ from corolla.aggregation.lowrank import add
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def write_peft_folder(adapter: LowRankState, folder: Path, base_name: str, fan_in_fan_out: bool = False) -> Path:
+@dataclass(frozen=True)
+class FolderFacts:
+    """What a PEFT folder says beside its factors: the base's name, whether weights are stored (in, out), the task."""
+
+    base_name: str
+    fan_in_fan_out: bool = False
+    task_type: str = "CAUSAL_LM"
+
+
+def write_peft_folder(adapter: LowRankState, folder: Path, facts: FolderFacts) -> Path:
     """Writes `adapter` so that `PeftModel.from_pretrained(base, folder)` computes base + B @ A, and returns the folder.
 
     alpha = r, so the scaling is 1 and no reader can get it wrong; modules of smaller rank are padded with zeros to
@@ -36,10 +46,10 @@ def write_peft_folder(adapter: LowRankState, folder: Path, base_name: str, fan_i
         lora_alpha=widest,
         target_modules=sorted(adapter),
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=facts.task_type,
         inference_mode=True,
-        base_model_name_or_path=base_name,
-        fan_in_fan_out=fan_in_fan_out,
+        base_model_name_or_path=facts.base_name,
+        fan_in_fan_out=facts.fan_in_fan_out,
     )
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -52,13 +62,7 @@ def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
     Raises ValueError for anything but plain LoRA on linear modules, and FileNotFoundError, naming it, for a folder
     without an adapter.
     """
-    for name in ("adapter_config.json", WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"a PEFT adapter folder holds {name}, got {folder} without it")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"only plain LoRA can be federated, got peft_type = {config.peft_type} in {folder}")
-    refuse_unsupported(config)
+    config = _read_config(folder)
     tensors = load_file(folder / WEIGHTS_FILE)
     adapter = {}
     for key in sorted(tensors):
@@ -74,6 +78,27 @@ def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
     if tensors:
         raise ValueError(f"only LoRA factors of linear modules can be read, got {sorted(tensors)[0]} in {folder}")
     return adapter
+
+
+def read_peft_facts(folder: Path) -> FolderFacts:
+    """What the folder's configuration says. Raises what `read_peft_folder` raises for it."""
+    config = _read_config(folder)
+    task = getattr(config.task_type, "value", config.task_type)
+    return FolderFacts(str(config.base_model_name_or_path or ""), bool(config.fan_in_fan_out), task or "CAUSAL_LM")
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    for name in ("adapter_config.json", WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"a PEFT adapter folder holds {name}, got {folder} without it")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"only plain LoRA can be federated, got peft_type = {config.peft_type} in {folder}")
+    try:
+        refuse_unsupported(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return config
 
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:

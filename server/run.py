@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from corolla.adapters import (
     Base,
+    FolderFacts,
     base_hash,
     export_adapter,
     find_base,
@@ -181,7 +182,7 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
         base = _base(config)
     except FileNotFoundError as error:
         log(30, "the adapter is written but not proven, for want of the base: %s", error)
-        return write_peft_folder(factors, target, config.model.name)
+        return write_peft_folder(factors, target, FolderFacts(config.model.name))
     log(
         20,
         "adapter exported; its logits differ by %.1e from the running model's",
