@@ -174,8 +174,8 @@ class Config(Section):
         Values are read as TOML, and as plain strings where they are none. Raises ConfigError, and
         FileNotFoundError for a file that is not there.
         """
-        values = ({} if path is None else _flatten(_read_toml(path))) | cls.parse(overrides)
-        return cls.from_flat(cls().flat() | _one_kind_of_work(values) | values)
+        values = ({} if path is None else flatten(read_toml(path))) | cls.parse(overrides)
+        return cls.from_flat(cls().flat() | one_kind_of_work(values) | values)
 
     @staticmethod
     def parse(overrides: Iterable[str]) -> dict[str, Any]:
@@ -186,16 +186,17 @@ class Config(Section):
             if not equals or "." not in key:
                 raise ConfigError(f"a setting is section.name=value, got {override!r}")
             values[key.strip()] = _parse(value)
-        return _one_kind_of_work(values) | values
+        return one_kind_of_work(values) | values
 
 
-def _one_kind_of_work(values: Mapping[str, Any]) -> dict[str, Any]:
+def one_kind_of_work(values: Mapping[str, Any]) -> dict[str, Any]:
     """Who sets one of train.local_steps and train.local_epochs does not want what the other was before."""
     keys = ("train.local_steps", "train.local_epochs")
     return {b: "" for a, b in (keys, keys[::-1]) if values.get(a) not in (None, "")}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file. Raises FileNotFoundError, and ConfigError for a file that is not TOML."""
     if not path.is_file():
         raise FileNotFoundError(f"a configuration is a TOML file, got {path}: no such file")
     try:
@@ -204,7 +205,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must be TOML: {error}") from error
 
 
-def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.name` -> value. Raises ConfigError for a section that is no table."""
     flat: dict[str, Any] = {}
     for section, fields in nested.items():
         if not isinstance(fields, dict):

@@ -74,7 +74,16 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """A JSON file, replaced at once."""
-        self._write(name, json.dumps(values, indent=2).encode())
+        self.write_text(name, json.dumps(values, indent=2))
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file, replaced at once."""
+        self._write(name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote, None where it did not."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.path / f".{name}.tmp"

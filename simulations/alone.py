@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corolla.adapters import carrying
-from corolla.aggregation import Budget, ClientUpdate, GlobalModel, advance, build_method, share, whole
+from corolla.aggregation import AdapterState, Budget, ClientUpdate, GlobalModel, advance, build_method, share, whole
 from corolla.client.evaluation import evaluate
 from corolla.client.local import Client
 from corolla.client.protocol import Order, Task, share_digest
@@ -91,14 +91,15 @@ def train_alone(
             continue
         reply = folder.load_replies(line["round"]).get(client.client_id) if line["round"] == 1 else None
         if reply is None or folder.config().aggregation.method != "flora" or folder.config().adapter.init_from:
-            reply = _train(client, model, line["round"])
+            reply = train_once(client, model, line["round"])
             on_step("train")
         outcome = method.aggregate([ClientUpdate(client.client_id, 1, reply)], {client.client_id: 1.0}, model)
         model, _ = advance(model, outcome, Budget())
     return model
 
 
-def _train(client: Client, model: GlobalModel, round_number: int) -> Any:
+def train_once(client: Client, model: GlobalModel, round_number: int) -> AdapterState:
+    """The adapter that the client replies when it is ordered to train a fresh one beside `model`, as FLoRA does."""
     rule = build_method("flora").constrain(round_number)
     part = share(model, rule, client.rank, client.hello().shapes)
     order = Order(

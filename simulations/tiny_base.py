@@ -52,7 +52,11 @@ class Recipe:
     threads: int = 2
 
 
-def tiny_base(recipe: Recipe = Recipe(), on_step: Callable[[int], None] = lambda step: None) -> Path:
+TINY = Recipe()
+"""The base of the shipped suite."""
+
+
+def tiny_base(recipe: Recipe = TINY, on_step: Callable[[int], None] = lambda step: None) -> Path:
     """The folder of the base that `recipe` makes: from the cache, or pre-trained now and put there whole.
 
     The cache is `corolla/bases` in XDG_CACHE_HOME (~/.cache). `on_step` is told each step that is done.

@@ -1,4 +1,4 @@
-"""The command line: corolla simulate, export, evaluate, report."""
+"""The command line: every command is a thin shell around a function of the package."""
 
 import logging
 import os
@@ -28,6 +28,8 @@ from corolla import __version__
 if TYPE_CHECKING:
     from corolla.server.config import Config
     from corolla.simulations.alone import Comparison
+    from corolla.simulations.suite import SuiteResult
+    from corolla.simulations.suite_runs import Outcome
 
 app = typer.Typer(
     help="Fine-tune language models across clients that share no data, with LoRA adapters of different ranks.",
@@ -66,13 +68,13 @@ def _stop(signum: int, frame: object) -> NoReturn:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def _exit_codes(cure: str = "go on with --resume") -> Iterator[None]:
     """Errors that a user can mend become one message and exit code 1; an interrupted run exits with 130."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     except KeyboardInterrupt:
-        console.print("[yellow]interrupted[/]: what is done is kept; go on with --resume")
+        console.print(f"[yellow]interrupted[/]: what is done is kept; {cure}")
         raise typer.Exit(130) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
@@ -197,6 +199,64 @@ def _table(comparison: "Comparison", config: "Config") -> Table:
     table.add_section()
     table.add_row("average", *(f"{100 * comparison.average(c):.1f}" for c in comparison.columns), style="bold")
     return table
+
+
+@app.command()
+def compare(
+    suite: Annotated[Path | None, typer.Argument(help="a suite's TOML file; without one, the tiny suite runs")] = None,
+    out: Annotated[Path, typer.Option(help="the folder of all its runs, and of the table")] = Path("runs/compare"),
+    markdown: Annotated[Path | None, typer.Option(help="write the table to this file as well")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run methods × settings × seeds on the same data and budget, and print one table of them all.
+
+    What is done is kept: the same command goes on where it was stopped. Exits with 1 where a run failed.
+    """
+    _quiet(verbose)
+    with _exit_codes("run the same command again to go on"):
+        from corolla.simulations.simulate import Watch
+        from corolla.simulations.suite import compare_suite
+
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("opening the base model", total=None)
+
+            def on_cell(outcome: "Outcome", number: int, total: int) -> None:
+                bar.update(task, completed=number, total=total)
+                console.print(_describe_cell(outcome, number, total), soft_wrap=True, highlight=False)
+
+            watch = Watch(on_step=lambda what: bar.update(task, description=what))
+            result = compare_suite(suite, out=out, watch=watch, on_cell=on_cell)
+        _print_suite(result)
+        if markdown:
+            markdown.write_text(result.to_markdown())
+        console.print(f"table: {out / 'table.md'} and {out / 'table.json'}", soft_wrap=True)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _describe_cell(outcome: "Outcome", number: int, total: int) -> str:
+    name = f"{number}/{total} {outcome.setting}, {outcome.row}, seed {outcome.seed}"
+    if outcome.reason:
+        colour = "red" if outcome.status == "failed" else "yellow"
+        return f"{name}: [{colour}]{outcome.status}[/]: {escape(outcome.reason)}"
+    found = outcome.numbers
+    return f"{name}: held-out loss {found['held_out_loss']:.3f}, exact match {found['exact_match']:.1%}"
+
+
+def _print_suite(result: "SuiteResult") -> None:
+    """A table a setting; reasons stand below it, where they have room."""
+    for setting in result.suite.settings:
+        table = Table(*result.header(), title=f"{result.suite.title}: {setting}", title_justify="left")
+        reasons = []
+        for name, n, *cells in result.lines(setting):
+            status, colon, reason = cells[0].partition(": ")
+            table.add_row(name, n, status, *cells[1:])
+            if colon:
+                reasons.append(f"{name} {status}: {reason}")
+        console.print(table, *map(escape, reasons), sep="\n", soft_wrap=False)
+    for note in result.notes():
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True, highlight=False)
 
 
 @app.command()
