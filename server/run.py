@@ -116,7 +116,7 @@ def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress
     recorder = Recorder(folder, config, progress)
     strategy = build_strategy(config, checkpoint, folder, recorder)
     strategy.run(grid, config.run.rounds)
-    if strategy.model is None or not without_empty(whole(strategy.model)):
+    if strategy.model is None or not strategy.model.round or not without_empty(whole(strategy.model)):
         raise RuntimeError(
             f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}"
         )

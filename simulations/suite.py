@@ -7,6 +7,7 @@ What is done is kept: the same call after a kill goes on where it stopped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def compare_suite(
     model or data that are not there, ValueError for data without held-out examples.
     """
     chosen, out = load_suite(suite), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     model = str(tiny_base(recipe, lambda step: watch.on_step("pre-training"))) if chosen.base else None
     for setting in chosen.settings:
         held_out(chosen.run_config(setting, chosen.rows[0], chosen.seeds[0], out, model))
@@ -58,16 +60,8 @@ def compare_suite(
     outcomes = []
     for number, (seed, setting, row) in enumerate(cells, 1):
         folder = out / setting / row / f"seed-{seed}"
-        outcomes.append(
-            run_cell(
-                row,
-                setting,
-                seed,
-                folder,
-                lambda: chosen.run_config(setting, row, seed, folder, model),  # noqa: B023  (called at once)
-                watch,
-            )
-        )
+        make = partial(chosen.run_config, setting, row, seed, folder, model)
+        outcomes.append(run_cell(row, setting, seed, folder, make, watch))
         on_cell(outcomes[-1], number, len(cells))
     result = SuiteResult.of(chosen, outcomes)
     home = RunFolder(out)

@@ -71,10 +71,19 @@ class Suite(BaseModel):
     methods_settings: dict[str, Changes] = Field({}, alias="methods-settings")
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _names_fit(self) -> Self:
         for name in self.rows:
             if name not in {*AGGREGATORS, *REFERENCES}:
                 raise ValueError(_no_such("aggregation method", name, AGGREGATORS))
+        for values, kind in ((self.methods, "methods"), (self.seeds, "seeds")):
+            if len(set(values)) < len(values):  # type: ignore[arg-type]
+                raise ValueError(f"{kind} must differ from one another, got {list(values)}")
+        if self.base and any("model.name" in changes for changes in (self.config, *self.settings.values())):
+            raise ValueError(f"base = {self.base!r} is the model, got model.name as well: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
         for name in self.settings:
             if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
                 raise ValueError(f"a setting's name must be one of a folder (letters, digits, - + . _), got {name!r}")
@@ -86,11 +95,6 @@ class Suite(BaseModel):
                     raise ValueError(
                         f"{key} must be the same for all methods, got one for {name}: put it in [settings]"
                     )
-        for values, kind in ((self.methods, "methods"), (self.seeds, "seeds")):
-            if len(set(values)) < len(values):  # type: ignore[arg-type]
-                raise ValueError(f"{kind} must differ from one another, got {list(values)}")
-        if self.base and any("model.name" in changes for changes in (self.config, *self.settings.values())):
-            raise ValueError(f"base = {self.base!r} is the model, got model.name as well: leave one of them out")
         for setting in self.settings:
             for row in self.rows:
                 self._build(setting, row, "flora")

@@ -51,7 +51,11 @@ def run_cell(row: str, setting: str, seed: int, folder: Path, make: Callable[[],
     ConfigError for a folder whose run had another configuration.
     """
     trained: list[str] = []
-    watching = Watch(lambda what: (trained.append(what), watch.on_step(what))[1], watch.on_line)  # type: ignore[func-returns-value]
+
+    def on_step(what: str) -> None:
+        trained.append(what)
+        watch.on_step(what)
+
     outcome = Outcome(row, setting, seed, folder, DONE)
     try:
         config = make()
@@ -59,7 +63,7 @@ def run_cell(row: str, setting: str, seed: int, folder: Path, make: Callable[[],
         return replace(outcome, status=REFUSED, reason=str(error))
     require_same(folder, config)
     try:
-        return replace(outcome, numbers=_numbers(row, folder, config, watching))
+        return replace(outcome, numbers=_numbers(row, folder, config, Watch(on_step, watch.on_line)))
     except ValueError as error:
         begun = "train" in trained or bool(RunFolder(folder).rounds())
         return replace(outcome, status=FAILED if begun else REFUSED, reason=f"{error}")
@@ -179,5 +183,6 @@ def divergence(folder: Path, exact: Path) -> dict[int, float]:
     found = {}
     for round_number in sorted(set(one.rounds()) & set(other.rounds())):
         ours, theirs = (without_empty(whole(run.load(round_number).model)) for run in (one, other))
-        found[round_number] = distance(ours, theirs) / adapter_norm(theirs)
+        if size := adapter_norm(theirs):  # zero after a first round that failed
+            found[round_number] = distance(ours, theirs) / size
     return found

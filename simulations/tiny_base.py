@@ -42,12 +42,12 @@ PAD, END = "<|pad|>", "<|end|>"
 class Recipe:
     """What the base depends on: its size, its pre-training, its seed and, for the same bits, its threads."""
 
-    layers: int = 4
+    layers: int = 3
     width: int = 128
     heads: int = 4
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 96
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     seed: int = 0
     threads: int = 2
 

@@ -167,6 +167,7 @@ def test_a_refusal_is_a_cell_and_a_failure_is_named(tiny_folder, tmp_path):
         **{"methods-settings": {"zero-padding": {"train.learning_rate": 1e38}}},
     )
     values["config"]["train"] |= {"local_steps": 3}
+    values["settings"]["mixed"] = {"clients.ranks": [4, 2]}
     result = compare_suite(values, out=tmp_path)
     assert "fedit" in result.row("mixed", "fedit").refused[0]
     assert result.row("mixed", "fedit").n == 0
