@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from corolla.simulations.suite_config import REFERENCES, Suite
@@ -65,7 +66,9 @@ LEGEND = (
     "together, the same for every row. Up and down: bytes of adapters, the mean of a client and round; total: of all "
     "clients and rounds; the base model and evaluations are not counted. Certificate: error of the last round's "
     "aggregation against the exact mean of its replies, relative to their size. Divergence: ‖W − W_exact‖ / "
-    "‖W_exact‖ (Frobenius) of what the last round adds to the base, from the run of {reference}.\n\n"
+    "‖W_exact‖ (Frobenius) of what the last round adds to the base, from the run of {reference}; a "
+    "method that draws other rows of A than {reference} is as far from it as another seed of {reference} is, whatever "
+    "its aggregation does.\n\n"
     "base: no training. local-only: every client by itself, one continuous training as long as its part of the run; "
     "the mean over clients. one-round: flora, one round with all the local steps. centralised: one client of the "
     "largest rank with all the data, one continuous training with as many optimizer steps of the same batch as all "
@@ -80,12 +83,18 @@ class SuiteResult:
     suite: Suite
     rows: tuple[Row, ...]
     outcomes: tuple[Outcome, ...]
+    between_seeds: Mapping[str, Mapping[int, Statistic]]
 
     @classmethod
     def of(cls, suite: Suite, outcomes: Sequence[Outcome]) -> "SuiteResult":
-        """The rows of these outcomes. Distances from the reference's runs are read from the checkpoints."""
+        """The rows of these outcomes. Distances from the reference's runs are read from the checkpoints.
+
+        `between_seeds` is the yardstick by setting: how far the reference's runs of two seeds, one after the other
+        in the list, are from one another by round.
+        """
         rows = [_row(suite, outcomes, setting, name) for setting in suite.settings for name in suite.rows]
-        return cls(suite, tuple(rows), tuple(outcomes))
+        between = {setting: _between_seeds(suite, outcomes, setting) for setting in suite.settings}
+        return cls(suite, tuple(rows), tuple(outcomes), between)
 
     @property
     def failed(self) -> list[Outcome]:
@@ -128,27 +137,46 @@ class SuiteResult:
     def _by_round(self, setting: str) -> str:
         rows = [row for row in self.rows if row.setting == setting and row.divergence]
         rounds = sorted({round_number for row in rows for round_number in row.divergence})
-        lines = [[row.name, *(_text(row.divergence.get(r), 1.0, ".3f") for r in rounds)] for row in rows]
+        found = [(row.name, row.divergence) for row in rows]
+        if between := self.between_seeds[setting]:
+            found.append((f"{self.suite.reference}, next seed", between))
+        lines = [[name, *(_text(values.get(r), 1.0, ".3f") for r in rounds)] for name, values in found]
         return _markdown(["", *map(str, rounds)], lines) if len(rounds) > 1 else ""
 
     def to_json(self) -> dict[str, Any]:
         """The suite, every row and every outcome, in JSON's types."""
         outcomes = [asdict(outcome) | {"folder": str(outcome.folder)} for outcome in self.outcomes]
         suite = self.suite.model_dump(mode="json", by_alias=True)
-        return {"suite": suite, "rows": [asdict(row) for row in self.rows], "outcomes": outcomes}
+        between = {s: {r: asdict(v) for r, v in found.items()} for s, found in self.between_seeds.items()}
+        rows = [asdict(row) for row in self.rows]
+        return {"suite": suite, "rows": rows, "between_seeds": between, "outcomes": outcomes}
 
 
 def _row(suite: Suite, outcomes: Sequence[Outcome], setting: str, name: str) -> Row:
     mine = [o for o in outcomes if (o.setting, o.row) == (setting, name)]
     done = [o for o in mine if o.status == DONE]
-    exact = {o.seed: o for o in outcomes if (o.setting, o.row, o.status) == (setting, suite.reference, DONE)}
+    exact = _exact(suite, outcomes, setting)
     distances = [divergence(o.folder, exact[o.seed].folder) for o in done if name not in REFERENCES and o.seed in exact]
     names = dict.fromkeys(key for o in done for key in o.numbers)
     numbers = {key: _over_seeds([o.numbers for o in done], key) for key in names}
-    by_round = {key: _over_seeds(distances, key) for key in sorted({key for d in distances for key in d})}
+    by_round = _by_round(distances)
     if by_round:
         numbers["divergence"] = by_round[max(by_round)]
     return Row(name, setting, numbers, by_round, _reasons(mine, REFUSED), _reasons(mine, FAILED))
+
+
+def _exact(suite: Suite, outcomes: Sequence[Outcome], setting: str) -> dict[int, Outcome]:
+    """The reference's runs of a setting by seed."""
+    return {o.seed: o for o in outcomes if (o.setting, o.row, o.status) == (setting, suite.reference, DONE)}
+
+
+def _between_seeds(suite: Suite, outcomes: Sequence[Outcome], setting: str) -> dict[int, Statistic]:
+    runs = list(_exact(suite, outcomes, setting).values())
+    return _by_round([divergence(one.folder, other.folder) for other, one in pairwise(runs)])
+
+
+def _by_round(distances: Sequence[Mapping[int, float]]) -> dict[int, Statistic]:
+    return {key: _over_seeds(distances, key) for key in sorted({key for found in distances for key in found})}
 
 
 def _over_seeds(found: Sequence[Mapping[Any, float]], key: Any) -> Statistic:

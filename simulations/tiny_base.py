@@ -1,4 +1,4 @@
-"""A tiny base model with skills and no instructions: pre-trained here in about two minutes, and cached.
+"""A tiny base model with skills and no instructions: pre-trained here in one to three minutes, and cached.
 
 A small Llama learns the families of `corolla.client.tasks` under other phrasings than theirs. Fine-tuning then has
 something to build on and still everything to learn about what is asked, and the run is quick enough for a suite of

@@ -247,7 +247,10 @@ def _describe_cell(outcome: "Outcome", number: int, total: int) -> str:
 def _print_suite(result: "SuiteResult") -> None:
     """A table a setting; reasons stand below it, where they have room."""
     for setting in result.suite.settings:
-        table = Table(*result.header(), title=f"{result.suite.title}: {setting}", title_justify="left")
+        title = f"{result.suite.title}: {setting}"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1), header_style="bold")
+        for position, name in enumerate(result.header()):
+            table.add_column(name, no_wrap=position == 0, justify="right" if position else "left")
         reasons = []
         for name, n, *cells in result.lines(setting):
             status, colon, reason = cells[0].partition(": ")

@@ -97,6 +97,10 @@ def test_divergence_is_the_dense_distance_from_the_exact_run(finished):
         sum(divergence(out / f"mixed/zero-padding/seed-{s}", out / f"mixed/warm/seed-{s}")[2] for s in (0, 1)) / 2
     )
     assert result.row("mixed", "warm").numbers["divergence"].mean < 1e-6
+    between = result.between_seeds["mixed"][2]
+    assert between == Statistic(divergence(out / "mixed/warm/seed-1", out / "mixed/warm/seed-0")[2], None, 1)
+    assert between.mean > 0.1
+    assert f"| warm, next seed | {result.between_seeds['mixed'][1].mean:.3f} |" in result.to_markdown()
 
 
 def test_all_rows_are_measured_on_the_same_examples(finished):
@@ -188,7 +192,7 @@ def test_a_refusal_is_a_cell_and_a_failure_is_named(tiny_folder, tmp_path):
 def test_lost_replies_are_said(finished):
     result, _ = finished
     lost = [suite_runs.replace(o, numbers={**o.numbers, "lost": 2.0}) for o in result.outcomes if o.row == "warm"][:1]
-    assert SuiteResult(result.suite, result.rows, tuple(lost)).notes() == [
+    assert SuiteResult(result.suite, result.rows, tuple(lost), {}).notes() == [
         "warm in one-rank, seed 0, lost 2 replies of clients"
     ]
     assert not result.notes()
