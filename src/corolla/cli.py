@@ -1,35 +1,21 @@
 """The command line: every command is a thin shell around a function of the package."""
 
-import logging
-import os
-import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours is rich's
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from corolla import __version__
+from corolla import __version__, laboratory
+from corolla.terminal import RunPath, Verbose, console, exit_codes, quiet
 
 if TYPE_CHECKING:
     from corolla.server.config import Config
     from corolla.simulations.alone import Comparison
-    from corolla.simulations.suite import SuiteResult
-    from corolla.simulations.suite_runs import Outcome
 
 app = typer.Typer(
     help="Fine-tune language models across clients that share no data, with LoRA adapters of different ranks.",
@@ -37,52 +23,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-console = Console()
-RunPath = Annotated[Path, typer.Argument(help="the folder of a run, for example runs/latest")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Flower's included")]
-
-
-def _quiet(verbose: bool) -> None:
-    """Other libraries' progress and advice off; warnings of ours and of Flower shown."""
-    level = logging.INFO if verbose else logging.WARNING
-    import flwr.common.logger  # noqa: F401  (it makes the handler that is taken away here)
-
-    flower = logging.getLogger("flwr")
-    flower.handlers.clear()
-    flower.setLevel(level)
-    flower.propagate = True
-    logging.basicConfig(
-        level=level, format="%(message)s", datefmt="%X", handlers=[RichHandler(console=console, show_path=False)]
-    )
-    if not verbose:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        warnings.filterwarnings("ignore")
-        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
-
-
-@contextmanager
-def _exit_codes(cure: str = "go on with --resume") -> Iterator[None]:
-    """Errors that a user can mend become one message and exit code 1; an interrupted run exits with 130."""
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print(f"[yellow]interrupted[/]: what is done is kept; {cure}")
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if logging.getLogger().isEnabledFor(logging.INFO):
-            raise
-        console.print(
-            f"[bold red]error[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True, highlight=False
-        )
-        raise typer.Exit(1) from error
+for command in (laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -112,8 +54,8 @@ def simulate(
     Writes the configuration, one line of metrics a round, checkpoints and the PEFT adapter into the run's folder.
     All settings with their defaults: corolla settings.
     """
-    _quiet(verbose)
-    with _exit_codes():
+    quiet(verbose)
+    with exit_codes():
         from corolla.server.folder import RunFolder
         from corolla.simulations.simulate import Watch, load_config
         from corolla.simulations.simulate import simulate as run_simulation
@@ -202,68 +144,6 @@ def _table(comparison: "Comparison", config: "Config") -> Table:
 
 
 @app.command()
-def compare(
-    suite: Annotated[Path | None, typer.Argument(help="a suite's TOML file; without one, the tiny suite runs")] = None,
-    out: Annotated[Path, typer.Option(help="the folder of all its runs, and of the table")] = Path("runs/compare"),
-    markdown: Annotated[Path | None, typer.Option(help="write the table to this file as well")] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Run methods × settings × seeds on the same data and budget, and print one table of them all.
-
-    What is done is kept: the same command goes on where it was stopped. Exits with 1 where a run failed.
-    """
-    _quiet(verbose)
-    with _exit_codes("run the same command again to go on"):
-        from corolla.simulations.simulate import Watch
-        from corolla.simulations.suite import compare_suite
-
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("opening the base model", total=None)
-
-            def on_cell(outcome: "Outcome", number: int, total: int) -> None:
-                bar.update(task, completed=number, total=total)
-                console.print(_describe_cell(outcome, number, total), soft_wrap=True, highlight=False)
-
-            watch = Watch(on_step=lambda what: bar.update(task, description=what))
-            result = compare_suite(suite, out=out, watch=watch, on_cell=on_cell)
-        _print_suite(result)
-        if markdown:
-            markdown.write_text(result.to_markdown())
-        console.print(f"table: {out / 'table.md'} and {out / 'table.json'}", soft_wrap=True)
-    if result.failed:
-        raise typer.Exit(1)
-
-
-def _describe_cell(outcome: "Outcome", number: int, total: int) -> str:
-    name = f"{number}/{total} {outcome.setting}, {outcome.row}, seed {outcome.seed}"
-    if outcome.reason:
-        colour = "red" if outcome.status == "failed" else "yellow"
-        return f"{name}: [{colour}]{outcome.status}[/]: {escape(outcome.reason)}"
-    found = outcome.numbers
-    return f"{name}: held-out loss {found['held_out_loss']:.3f}, exact match {found['exact_match']:.1%}"
-
-
-def _print_suite(result: "SuiteResult") -> None:
-    """A table a setting; reasons stand below it, where they have room."""
-    for setting in result.suite.settings:
-        title = f"{result.suite.title}: {setting}"
-        table = Table(title=title, title_justify="left", box=None, collapse_padding=True, header_style="bold")
-        for position, name in enumerate(result.header()):
-            widest = max(map(len, name.split()), default=0)
-            table.add_column(name, min_width=widest, no_wrap=position == 0, justify="right" if position else "left")
-        reasons = []
-        for name, n, *cells in result.lines(setting):
-            status, colon, reason = cells[0].partition(": ")
-            table.add_row(name, n, status, *cells[1:])
-            if colon:
-                reasons.append(f"{name} {status}: {reason}")
-        console.print(table, *map(escape, reasons), sep="\n", soft_wrap=False)
-    for note in result.notes():
-        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True, highlight=False)
-
-
-@app.command()
 def settings() -> None:
     """List every setting with its meaning and its default, and what the demo sets."""
     from corolla.server.config import Config
@@ -298,8 +178,8 @@ def export(
 
     What is written is loaded again and its logits are compared with the running model's.
     """
-    _quiet(verbose)
-    with _exit_codes():
+    quiet(verbose)
+    with exit_codes():
         from corolla.simulations.export import export_checkpoint
 
         report = export_checkpoint(run, out, merged, rank, energy, round_number)
@@ -323,8 +203,8 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Loss and exact match (greedy decoding) of a run's global model, beside the base model, on a JSONL file."""
-    _quiet(verbose)
-    with _exit_codes():
+    quiet(verbose)
+    with exit_codes():
         from corolla.simulations.export import evaluate_checkpoint
 
         base, tuned = evaluate_checkpoint(run, data, round_number, answers)
@@ -333,28 +213,6 @@ def evaluate(
             if not name.startswith("examples"):
                 table.add_row(name, f"{base[name]:.4f}", f"{tuned[name]:.4f}")
         console.print(table)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="the folders of one or several runs")],
-    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
-    figures: Annotated[
-        Path | None,
-        typer.Option(help="write every plot into this folder too, for a paper (pip install 'corolla[report]')"),
-    ] = None,
-    figure_format: Annotated[str, typer.Option("--format", help="of --figures: svg or pdf")] = "svg",
-    verbose: Verbose = False,
-) -> None:
-    """Write one HTML page about runs: losses, noise, traffic, who took part, certificates. It needs no network."""
-    _quiet(verbose)
-    with _exit_codes():
-        from corolla.simulations.report import write_figures, write_report
-
-        drawn = write_figures(runs, figures, figure_format) if figures else []
-        console.print(f"report: {write_report(runs, out)}", soft_wrap=True, markup=False)
-        if drawn:
-            console.print(f"figures: {figures} ({len(drawn)} files)", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

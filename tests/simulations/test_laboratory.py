@@ -34,7 +34,13 @@ def trained(tiny_folder, tmp_path_factory):
     """Name -> adapter folder, each trained by plain PEFT in its own process."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, options) in enumerate((ADAPTERS | EQUAL | ODD).items()):
-        command = [sys.executable, str(SCRIPT), str(tiny_folder), str(folder / name), json.dumps(options | {"seed": seed})]
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            str(tiny_folder),
+            str(folder / name),
+            json.dumps(options | {"seed": seed}),
+        ]
         subprocess.run(command, check=True, capture_output=True)
     return folder
 

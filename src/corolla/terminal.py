@@ -1,0 +1,68 @@
+"""What all commands share: one console, quiet libraries, and exit codes that mean something."""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours is rich's
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+console = Console()
+RunPath = Annotated[Path, typer.Argument(help="the folder of a run, for example runs/latest")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Flower's included")]
+
+
+def quiet(verbose: bool) -> None:
+    """Other libraries' progress and advice off; warnings of ours and of Flower shown."""
+    level = logging.INFO if verbose else logging.WARNING
+    import flwr.common.logger  # noqa: F401  (it makes the handler that is taken away here)
+
+    flower = logging.getLogger("flwr")
+    flower.handlers.clear()
+    flower.setLevel(level)
+    flower.propagate = True
+    logging.basicConfig(
+        level=level, format="%(message)s", datefmt="%X", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    if not verbose:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        warnings.filterwarnings("ignore")
+        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+@contextmanager
+def exit_codes(cure: str = "go on with --resume") -> Iterator[None]:
+    """Errors that a user can mend become one message and exit code 1; an interrupted run exits with 130."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"[yellow]interrupted[/]: what is done is kept; {cure}")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if logging.getLogger().isEnabledFor(logging.INFO):
+            raise
+        console.print(
+            f"[bold red]error[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True, highlight=False
+        )
+        raise typer.Exit(1) from error
