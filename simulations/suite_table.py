@@ -51,10 +51,10 @@ Column = tuple[str, str, float, str]
 
 COLUMNS: Sequence[Column] = (
     ("held-out loss", "held_out_loss", 1.0, ".3f"),
-    ("exact match, %", "exact_match", 100.0, ".1f"),
-    ("up, KiB", "bytes_up", 1 / KIB, ".0f"),
-    ("down, KiB", "bytes_down", 1 / KIB, ".0f"),
-    ("total, MiB", "bytes_total", 1 / MIB, ".2f"),
+    ("exact match %", "exact_match", 100.0, ".1f"),
+    ("up KiB", "bytes_up", 1 / KIB, ".0f"),
+    ("down KiB", "bytes_down", 1 / KIB, ".0f"),
+    ("total MiB", "bytes_total", 1 / MIB, ".2f"),
     ("certificate", "certificate", 1.0, ".1e"),
     ("divergence", "divergence", 1.0, ".3f"),
 )

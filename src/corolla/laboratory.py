@@ -151,10 +151,12 @@ def _print_suite(result: "SuiteResult") -> None:
     """A table a setting; reasons stand below it, where they have room."""
     for setting in result.suite.settings:
         title = f"{result.suite.title}: {setting}"
-        table = Table(title=title, title_justify="left", box=None, collapse_padding=True, header_style="bold")
+        table = Table(
+            title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True, header_style="bold"
+        )
         for position, name in enumerate(result.header()):
-            widest = max(map(len, name.split()), default=0)
-            table.add_column(name, min_width=widest, no_wrap=position == 0, justify="right" if position else "left")
+            lines = name.replace(" ", "\n")
+            table.add_column(lines, no_wrap=position == 0, justify="right" if position else "left")
         reasons = []
         for name, n, *cells in result.lines(setting):
             status, colon, reason = cells[0].partition(": ")
