@@ -8,7 +8,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.aggregation import dense_svd_over_compress, stack_over_copy
+from benchmarks.aggregation import (
+    certified_over_qr,
+    dense_svd_over_compress,
+    noise_over_qr,
+    stack_memory,
+    stack_over_copy,
+    streamed_memory,
+)
 from benchmarks.training import client_over_bare
 
 
@@ -18,8 +25,19 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     table = Table("what", "first", "second", "ratio", title=f"{platform.machine()}, {torch.get_num_threads()} threads")
-    for benchmark in (stack_over_copy, dense_svd_over_compress, client_over_bare):
+    benchmarks = (
+        stack_over_copy,
+        stack_memory,
+        streamed_memory,
+        certified_over_qr,
+        noise_over_qr,
+        dense_svd_over_compress,
+        client_over_bare,
+    )
+    for benchmark in benchmarks:
         what, first, second = benchmark()
+        if what.endswith("MiB"):
+            first, second = first / 2**20, second / 2**20
         table.add_row(what, f"{first:.3f}", f"{second:.3f}", f"{first / second:.2f}")
     Console(width=160).print(table)
 

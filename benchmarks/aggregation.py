@@ -1,14 +1,35 @@
-"""Stacking against a plain copy, and re-factoring by QR against a dense SVD."""
+"""Aggregation against what it cannot do without: a copy of the bytes, a QR of each module, a dense SVD."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 
-from corolla.aggregation import Budget, ClientUpdate, LowRankDelta, add, client_weights, compress, stack
+from benchmarks.memory import peak_bytes
+from corolla.aggregation import (
+    Budget,
+    ClientUpdate,
+    GlobalModel,
+    LowRankDelta,
+    Slots,
+    add,
+    build_method,
+    client_weights,
+    compress,
+    measure_noise,
+    stack,
+)
+from corolla.aggregation.lowrank import triangular
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
-SIZE = 4096
+"""FLoRA's ten clients."""
+
+SIZE, MODULES = 4096, 64
+"""Llama-7B's query and value projections."""
+
+Ratio = tuple[str, float, float]
+"""(what, first, second): seconds, or MiB where it says so."""
 
 
 def best_of(repeats: int, work: Callable[[], object]) -> float:
@@ -26,22 +47,88 @@ def random_delta(rank: int) -> LowRankDelta:
     return LowRankDelta(torch.randn(rank, SIZE), torch.randn(SIZE, rank))
 
 
-def stack_over_copy(modules: int = 8) -> tuple[str, float, float]:
-    """(what, seconds of `stack`, seconds of a copy of the same bytes): FLoRA's ten ranks, some 4096 × 4096 modules."""
-    adapters = [{f"m{i}": random_delta(rank) for i in range(modules)} for rank in RANKS]
-    updates = [ClientUpdate(f"c{k}", k + 1, adapter) for k, adapter in enumerate(adapters)]
+@cache
+def llama_round() -> tuple[ClientUpdate, ...]:
+    """One round's replies, MODULES modules of ten clients: 320 MiB."""
+    adapters = ({f"m{i}": random_delta(rank) for i in range(MODULES)} for rank in RANKS)
+    return tuple(ClientUpdate(f"c{k}", k + 1, adapter) for k, adapter in enumerate(adapters))
+
+
+def factors(updates: tuple[ClientUpdate, ...]) -> Iterator[torch.Tensor]:
+    """Every factor of every reply."""
+    return (tensor for u in updates for delta in u.adapter.values() for tensor in delta.tensors().values())
+
+
+def stack_over_copy() -> Ratio:
+    """Stacking Llama-7B's round against a plain copy of its bytes."""
+    updates = llama_round()
     weights = client_weights(updates)
-    factors = [f for u in updates for d in u.adapter.values() for f in (d.A, d.B)]
+    what = f"stack, {MODULES} modules of {SIZE}², ranks {'+'.join(map(str, RANKS))} / copy of the same bytes, s"
     return (
-        f"stack, {modules} modules of {SIZE}², ranks {'+'.join(map(str, RANKS))} / copy of the same bytes",
-        best_of(5, lambda: stack(updates, weights)),
-        best_of(5, lambda: [factor.clone() for factor in factors]),
+        what,
+        best_of(3, lambda: stack(updates, weights)),
+        best_of(3, lambda: [factor.clone() for factor in factors(updates)]),
     )
 
 
-def dense_svd_over_compress() -> tuple[str, float, float]:
-    """(what, seconds of a dense SVD, seconds of `compress`) at 4096 × 4096 and R = 160."""
+def stack_memory() -> Ratio:
+    """The memory that stacking takes beside the replies, against their bytes."""
+    updates = llama_round()
+    weights = client_weights(updates)
+    size = sum(factor.nbytes for factor in factors(updates))
+    return "stack, peak memory beside the replies / their bytes, MiB", peak_bytes(lambda: stack(updates, weights)), size
+
+
+def streamed_memory() -> Ratio:
+    """The memory of a whole round that comes reply by reply: slots and stack, against the replies' bytes."""
+    updates = llama_round()
+    weights = client_weights(updates)
+    size = sum(factor.nbytes for factor in factors(updates))
+    shapes = {u.client_id: {m: d.shape for m, d in u.adapter.items()} for u in updates}
+    ranks = dict(zip(shapes, RANKS, strict=True))
+
+    def one_round() -> object:
+        slots = Slots(shapes, ranks)
+        placed = [ClientUpdate(u.client_id, u.num_examples, slots.put(u.client_id, u.adapter)) for u in updates]
+        return stack(placed, weights)
+
+    what = "replies put in their slots one by one, and stacked: peak memory / the replies' bytes, MiB"
+    return what, peak_bytes(one_round), size
+
+
+def certified_over_qr() -> Ratio:
+    """FLoRA's round with its certificate against one QR of each module's stacks."""
+    updates = llama_round()
+    weights, method = client_weights(updates), build_method("flora")
+    work = best_of(1, lambda: method.aggregate(updates, weights, GlobalModel()))
+    return f"stack with its certificate, {MODULES} modules / one QR of both stacks of each, s", work, _qr(updates)
+
+
+def noise_over_qr() -> Ratio:
+    """The noise of every method against one QR of each module's stacks."""
+    updates = llama_round()
+    weights, method = client_weights(updates), build_method("flora")
+    work = best_of(1, lambda: measure_noise(updates, weights, GlobalModel(), method))
+    return f"noise of every method, {MODULES} modules / one QR of both stacks of each, s", work, _qr(updates)
+
+
+def _qr(updates: tuple[ClientUpdate, ...]) -> float:
+    def work() -> None:
+        for module in updates[0].adapter:
+            whole = add([u.adapter[module] for u in updates])
+            assert isinstance(whole, LowRankDelta)
+            triangular(whole.B), triangular(whole.A.T)
+
+    return best_of(1, work)
+
+
+def dense_svd_over_compress() -> Ratio:
+    """A dense SVD against `compress`, at 4096 × 4096 and R = 160."""
     delta = add([random_delta(rank) for rank in RANKS])
     fast = best_of(3, lambda: compress(delta, Budget(max_rank=32)))
     dense = delta.dense()
-    return f"dense SVD / compress, {SIZE}², R = {delta.rank}", best_of(1, lambda: torch.linalg.svd(dense)), fast
+    return f"dense SVD / compress to rank 32, {SIZE}², R = {delta.rank}, s", best_of(1, lambda: _svd(dense)), fast
+
+
+def _svd(matrix: torch.Tensor) -> object:
+    return torch.linalg.svd(matrix)
