@@ -23,8 +23,8 @@ REASON = "must be finite"
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
-    """A run of two rounds whose client-001 sends NaN in round one, measured."""
+def real(tiny_folder, tmp_path_factory):
+    """A run of two rounds with aggregation.noise whose client-001 sends NaN in round one."""
     train = Client.train
 
     def train_badly(self, task):
@@ -36,7 +36,19 @@ def finished(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "bad-reply"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Client, "train", train_badly)
-        simulate(tiny_config(tiny_folder, out, run={"alone": True}))
+        simulate(tiny_config(tiny_folder, out, run={"alone": True}, aggregation={"noise": True}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(real, tmp_path_factory):
+    """The same run with made-up noise: more methods with larger numbers than two tiny rounds have."""
+    out = tmp_path_factory.mktemp("finished") / "bad-reply"
+    shutil.copytree(real, out)
+    lines = RunFolder.open(out).lines()
+    for line in lines:
+        line.pop("noise", None)
+    write_lines(out, lines)
     add_noise(out)
     return out
 
@@ -82,6 +94,17 @@ def test_the_numbers_in_the_page_are_those_of_the_run(finished, second, tmp_path
     rounds = [line for line in document["runs"][0]["lines"] if line["kind"] == "round"]
     assert [list(line["quarantined"]) for line in rounds] == [["client-001"], []]
     assert REASON in rounds[0]["quarantined"]["client-001"]
+
+
+def test_the_noise_that_a_run_measured_is_in_the_page(real, tmp_path):
+    lines = document_of(write_report([real], tmp_path / "report.html"))["runs"][0]["lines"]
+    assert lines == RunFolder.open(real).lines()
+    first, second = [line["noise"] for line in lines if line["kind"] == "round"]
+    assert first["share"].keys() == {"client-000", "client-002"}  # client-001 sent NaN
+    assert second["share"].keys() == set(CLIENTS)
+    assert first["init"] == "shared"
+    assert first["methods"]["flora"]["relative_error"] < 1e-6 < first["methods"]["zero-padding"]["relative_error"]
+    assert "averages clients of one rank" in first["methods"]["fedit"]["not_applicable"]
 
 
 def test_every_setting_is_there_with_its_meaning(finished):
@@ -361,6 +384,19 @@ def test_what_was_measured_is_said_with_its_init_and_what_does_not_apply_with_it
     assert "flora’s clients" in words
 
 
+def test_the_tables_of_a_measured_run_hold_its_noise(browser, real, tmp_path):
+    rounds = [line for line in RunFolder.open(real).lines() if line["kind"] == "round"]
+    browser.open(write_report([real], tmp_path / "report.html"))
+    assert browser.table("plot-share-0")[1:] == [
+        [line["round"], *(line["noise"]["share"].get(c, "–") for c in CLIENTS)] for line in rounds
+    ]
+    head, *rows = browser.table("plot-noise")
+    column = next(i for i, name in enumerate(head) if "zero-padding" in str(name))
+    assert [row[column] for row in rows] == [
+        line["noise"]["methods"]["zero-padding"]["relative_error"] for line in rounds
+    ]
+
+
 def test_a_quarantined_reply_is_shown_with_its_reason(browser, page):
     browser.open(page)
     parts = browser.ask(
@@ -436,7 +472,7 @@ def test_settings_can_be_found(browser, page_of_two):
     browser.settle()
     assert browser.ask(names) == ["aggregation.method"]
     browser.ask("document.getElementById('config-differences').click()")
-    browser.driver.find_element("id", "config-words").send_keys("learning_rate")
+    browser.driver.find_element("id", "config-words").send_keys("train.learning")
     browser.settle()
     assert browser.ask(names) == ["train.learning_rate"]
 
