@@ -82,6 +82,7 @@ class Client:
             len(examples),
             adapter,
             metrics,
+            order.trains,
         )
 
     @contextmanager

@@ -32,11 +32,13 @@ STYPE = "corolla.factor.v1"
 HELLO = "query.hello"
 
 
-def pack_adapter(adapter: AdapterState) -> ArrayRecord:
-    """The tensors by `<module>/A` and `<module>/B`, or `<module>/W`."""
+def pack_adapter(adapter: AdapterState, names: str = "ABW") -> ArrayRecord:
+    """The tensors by `<module>/A` and `<module>/B`, or `<module>/W`; of these, those in `names`."""
     arrays = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():
+            if name not in names:
+                continue
             array = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
             arrays[f"{module}/{name}"] = Array(
                 dtype="float32", shape=tuple(array.shape), stype=STYPE, data=array.tobytes()
@@ -44,13 +46,19 @@ def pack_adapter(adapter: AdapterState) -> ArrayRecord:
     return ArrayRecord(arrays)
 
 
-def unpack_adapter(record: ArrayRecord) -> dict[str, Delta]:
-    """The changes back, in the order of module names. Raises ValueError, naming the key, for anything out of shape."""
+def unpack_adapter(record: ArrayRecord, held: LowRankState = {}) -> dict[str, Delta]:  # noqa: B006  (only read)
+    """The changes back, in the order of module names; factors that did not travel are those of `held`.
+
+    Raises ValueError, naming the key, for anything out of shape.
+    """
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(record):
         module, _, name = key.rpartition("/")
         modules.setdefault(module or key, {})[name] = _unpack_array(key, record[key])
-    return {module: delta_of(module, tensors) for module, tensors in modules.items()}
+    whole = {
+        module: held[module].tensors() | tensors if module in held else tensors for module, tensors in modules.items()
+    }
+    return {module: delta_of(module, tensors) for module, tensors in whole.items()}
 
 
 def _unpack_array(key: str, array: Array) -> torch.Tensor:
@@ -148,7 +156,10 @@ def share_digest(frozen: AdapterState, start: LowRankState) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """What `train` brings back: the adapter, what it was trained from, and numbers. No example leaves the client."""
+    """What `train` brings back: the adapter, what it was trained from, and numbers. No example leaves the client.
+
+    Of the adapter, the tensors in `trains` travel: the server has the others.
+    """
 
     client_id: str
     round: int
@@ -158,23 +169,26 @@ class Reply:
     processed: int
     adapter: AdapterState
     metrics: Mapping[str, float] = field(default_factory=dict)
+    trains: str = "AB"
 
     def pack(self) -> RecordDict:
         """As the content of the reply."""
         names = [f.name for f in fields(self) if f.name not in ("adapter", "metrics")]
         return RecordDict(
             {
-                "adapter": pack_adapter(self.adapter),
+                "adapter": pack_adapter(self.adapter, self.trains),
                 "receipt": ConfigRecord({name: getattr(self, name) for name in names}),
                 "metrics": MetricRecord({name: float(value) for name, value in self.metrics.items()}),
             }
         )
 
     @classmethod
-    def unpack(cls, content: RecordDict) -> Self:
-        """Raises ValueError for a record that is missing or out of shape."""
-        adapter = unpack_adapter(_arrays(content, "adapter"))
-        return cls(**_record(content, "receipt", cls), adapter=adapter, metrics=unpack_metrics(content))
+    def unpack(cls, content: RecordDict, held: LowRankState = {}) -> Self:  # noqa: B006  (only read)
+        """The reply, its fixed factors taken from `held`. Raises ValueError for a record missing or out of shape."""
+        record, receipt = _arrays(content, "adapter"), _record(content, "receipt", cls)
+        if odd := [key for key in record if key.rpartition("/")[2] not in receipt["trains"]]:
+            raise ValueError(f"the adapter must hold {receipt['trains']} alone, got {odd[0]!r}")
+        return cls(**receipt, adapter=unpack_adapter(record, held), metrics=unpack_metrics(content))
 
     def update(self) -> ClientUpdate:
         """The part that aggregation needs."""

@@ -19,7 +19,9 @@ from corolla.aggregation import (
     Budget,
     ClientRule,
     ClientShare,
+    FreshRows,
     GlobalModel,
+    LowRankState,
     Method,
     NoiseOf,
     Principal,
@@ -30,6 +32,7 @@ from corolla.aggregation import (
     build_method,
     client_weights,
     cut,
+    fill_adapter,
     no_principal,
     ranks,
     scale_adapter,
@@ -133,6 +136,7 @@ class FederatedLoRA(Strategy):
         self._evaluated = set(evaluated)
         self.on_round, self.on_evaluation = on_round, on_evaluation
         self._orders: dict[str, Order] = {}
+        self._held: dict[str, LowRankState] = {}
         self._slots: Slots | None = None
         self._sent: dict[str, dict[str, Any]] = {}
         self._evaluators: set[str] = set()
@@ -196,7 +200,7 @@ class FederatedLoRA(Strategy):
         reduced, self._cut_error = cut(model, self.download)
         version = model.digest()
         chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
-        self._orders, self._sent, messages = {}, {}, []
+        self._orders, self._held, self._sent, messages = {}, {}, {}, []
         shapes = {client: self.fleet.clients[client].shapes for client in chosen}
         self._slots = None if "W" in rule.trains else Slots(shapes, ranks)
         for client in chosen:
@@ -204,6 +208,7 @@ class FederatedLoRA(Strategy):
             part = share(reduced, rule, ranks[client], hello.shapes)
             order = self._order(round_number, ranks[client], rule, version, part)
             self._orders[client] = order
+            self._held[client] = self._fixed_factors(client, order, part)
             self._sent[client] = {"rank": ranks[client], "bytes_down": part.nbytes, "dropped_start": part.dropped}
             messages.append(self._message(Task(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
@@ -222,6 +227,13 @@ class FederatedLoRA(Strategy):
             penalty=rule.penalty,
             keep=rule.keep,
         )
+
+    def _fixed_factors(self, client: str, order: Order, part: ClientShare) -> LowRankState:
+        """L_k before training, where one of its factors is fixed and need not come back; else nothing."""
+        if order.trains not in ("A", "B"):
+            return {}
+        fresh = FreshRows(order.seed, order.fresh_round)
+        return fill_adapter(part.start, self.fleet.clients[client].shapes, order.rank, fresh)
 
     def _message(self, task: Task, client: str, kind: str) -> Message:
         return Message(
@@ -314,7 +326,7 @@ class FederatedLoRA(Strategy):
             raise Rejected(
                 f"the order went to node {self.fleet.node(client)}, got {message.metadata.src_node_id}'s reply"
             )
-        reply = Reply.unpack(message.content)
+        reply = Reply.unpack(message.content, self._held[client])
         check_reply(reply, self.fleet.clients[client], self._orders[client])
         return reply
 

@@ -23,6 +23,7 @@ def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
         ("round", order.round, reply.round),
         ("model version", order.model, reply.model),
         ("base hash", order.base_hash, reply.base_hash),
+        ("trained tensors", order.trains, reply.trains),
     ):
         if wanted != got:
             raise Rejected(f"{what} must be {wanted}, got {got}")

@@ -8,9 +8,11 @@ import pytest
 import tomli_w
 import typer
 
+from corolla.aggregation import AGGREGATORS, build_method
 from corolla.cli import app
 from corolla.server.config import Config
 from corolla.simulations.simulate import load_config
+from tests.aggregation.test_methods import EXACT
 from tests.simulations.federation import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,19 @@ def test_the_configuration_is_one(tmp_path):
     config = Config.load(tmp_path / "my.toml")
     assert [config.clients.rank(k) for k in range(6)] == [64, 32, 16, 8, 4, 64]
     assert config.train.local_steps is None
+
+
+def test_the_table_of_methods_is_the_registry():
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith("| `")
+    ]
+    methods = {row[0]: row for row in rows if len(row) == 4}
+    assert set(methods) == set(AGGREGATORS)
+    for name, (_, _, mixed, exact) in methods.items():
+        assert mixed == ("–" if name == "full" else "yes" if build_method(name).mixed_ranks else "no")
+        assert (exact == "yes") == (name in EXACT)
 
 
 def test_the_python_runs(tiny_folder, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ class Round(NamedTuple):
 
 
 def play(method: Method | str, ranks, sets, counts, rounds: int, moves: float, seed: int = 0) -> Iterator[Round]:
-    """Rounds of a federation whose clients move by random steps of size `moves`."""
+    """Rounds of a federation whose clients move by random steps of sizes around `moves`, as their scalings would."""
     method = build_method(method) if isinstance(method, str) else method
     model = method.initial(SHAPES, max(ranks), seed, principal)
     for number in range(1, rounds + 1):
@@ -133,7 +133,8 @@ def play(method: Method | str, ranks, sets, counts, rounds: int, moves: float, s
         for k, (rank, modules, count) in enumerate(zip(ranks, sets, counts, strict=True)):
             part, begin = local_start(model, rule, model.rank_of(f"c{k}", rank), modules, seed)
             moved = {
-                m: move(d, rule.trains, moves, seed + 97 * number + 7 * k + i) for i, (m, d) in enumerate(begin.items())
+                m: move(d, rule.trains, moves * 2.0 ** (k % 3 - 1), seed + 97 * number + 7 * k + i)
+                for i, (m, d) in enumerate(begin.items())
             }
             updates.append(ClientUpdate(f"c{k}", count, moved))
             shares.append(part)

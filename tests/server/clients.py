@@ -41,7 +41,15 @@ def fake_grid(
         key = order.round * 100 + len(name) + order.rank
         moved = {m: move(d, order.trains, 0.1, key + i) for i, (m, d) in enumerate(begin.items())}
         reply = Reply(
-            name, order.round, order.model, BASE, 10 * order.rank, 4, moved, {"loss_before": 1.0, "train_loss": 2.0}
+            name,
+            order.round,
+            order.model,
+            BASE,
+            10 * order.rank,
+            4,
+            moved,
+            {"loss_before": 1.0, "train_loss": 2.0},
+            order.trains,
         )
         return Message((reply_faults or {}).get(name, lambda r: r)(reply).pack(), reply_to=message)
 

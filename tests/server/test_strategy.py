@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from corolla.aggregation import AGGREGATORS, GlobalModel, LowRankDelta, advance, build_method, client_weights, whole
+from corolla.client.protocol import Reply
 from corolla.server.strategy import FederatedLoRA, Sampling
 from tests.aggregation.federations import dense, difference, principal
 from tests.server.clients import SHAPES, fake_grid, nan, with_factor
@@ -122,6 +123,31 @@ def test_clients_that_the_method_cannot_serve_are_refused_before_any_training():
         run(fake_grid(RANKS), method="fedit")
     with pytest.raises(ValueError, match="a server without the base"):
         run(fake_grid(dict.fromkeys(RANKS, 3)), method="fr-lora")
+
+
+@pytest.mark.parametrize(("method", "halves"), [("ffa", "BB"), ("rolora", "BA"), ("fedsvd", "BB"), ("warm", None)])
+def test_a_fixed_factor_does_not_travel_back(method, halves):
+    _, records = run(fake_grid(RANKS), method=method)
+    sizes = {"A": sum(inn for _, inn in SHAPES.values()), "B": sum(out for out, _ in SHAPES.values())}
+    for number, (record, _, _) in enumerate(records):
+        up = record.clients["ann"]["bytes_up"]
+        assert up == 4 * 4 * (sizes[halves[number]] if halves else sum(sizes.values()))
+        assert record.update["certificate"]["exact"]
+
+
+def test_a_client_that_moves_what_is_fixed_is_quarantined():
+    def both(reply):
+        return replace(reply, trains="AB")
+
+    _, records = run(fake_grid(RANKS, {"bob": both}), method="ffa")
+    assert records[0][0].quarantined == {"bob": "trained tensors must be B, got AB"}
+
+
+def test_a_fixed_factor_that_comes_back_all_the_same_is_not_used():
+    message = Reply("bob", 1, "m", "b", 1, 1, {"q": LowRankDelta(torch.ones(1, 3), torch.ones(2, 1))}).pack()
+    message.config_records["receipt"]["trains"] = "B"
+    with pytest.raises(ValueError, match=r"must hold B alone, got 'q/A'"):
+        Reply.unpack(message)
 
 
 def test_sampling_is_seeded_and_counts():
