@@ -8,33 +8,23 @@ applied to those: nothing of size (out, in) is formed, and no method is written 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from corolla.aggregation.delta import AdapterState, LowRankDelta, LowRankState, low_rank
-from corolla.aggregation.exact import exact_mean, in_order, modules_of
-from corolla.aggregation.lowrank import Budget, add, triangular
+from corolla.aggregation.coordinates import Federation, in_coordinates
+from corolla.aggregation.delta import AdapterState, LowRankState, low_rank
+from corolla.aggregation.lowrank import Budget
 from corolla.aggregation.method import Method
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.rounds import cut, share
+from corolla.aggregation.spectrum import pooled_energy, spectrum
 from corolla.aggregation.state import ClientUpdate, GlobalModel, Shapes
 
 TINY = 1e-12
 """A change below TINY times the model it belongs to is no change: nothing is relative to it."""
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """One module's exact change: ‖·‖_F, σ_1, e^H(σ/Σσ), H(σ²/Σσ²) in nats, and Σ_{i≤r} σ_i² / Σ σ² by r."""
-
-    norm: float
-    spectral_norm: float
-    effective_rank: float
-    entropy: float
-    energy: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -54,59 +44,6 @@ class MethodNoise:
     client_error: float | None
     bytes_down: Mapping[str, int]
     modules: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class Federation:
-    """A round's replies in coordinates: `updates` and `start` have (q, r) and (r, p) factors, q, p <= R.
-
-    `exact` is the exact change C and `mean` M, module -> (q, p); `shapes` are the modules' real (out, in).
-    """
-
-    updates: tuple[ClientUpdate, ...]
-    weights: Mapping[str, float]
-    model: GlobalModel
-    mean: Mapping[str, Tensor]
-    exact: Mapping[str, Tensor]
-    shapes: Shapes
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Client id -> the largest rank of its modules."""
-        return {u.client_id: max((d.rank for d in u.adapter.values()), default=0) for u in self.updates}
-
-
-def in_coordinates(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> Federation:
-    """The same round in the basis of each module's own factors: `[B_S B_1 …] = Q_B R_B`, `[A_S; A_1; …]ᵀ = Q_A R_A`.
-
-    Raises ValueError for changes that are not low-rank.
-    """
-    adapters = {u.client_id: low_rank(u.adapter) for u in in_order(updates)}
-    small: dict[str, dict[str, LowRankDelta]] = {client: {} for client in adapters}
-    start: dict[str, LowRankDelta] = {}
-    shapes = {}
-    for module in modules_of(updates, model.start):
-        parts = {client: adapter[module] for client, adapter in adapters.items() if module in adapter}
-        begin = [model.start[module]] if module in model.start else []
-        everything = add([*begin, *parts.values()])
-        shapes[module] = everything.shape
-        cores = iter(_split(everything, [delta.rank for delta in (*begin, *parts.values())]))
-        if begin:
-            start[module] = next(cores)
-        for client, core in zip(parts, cores, strict=True):
-            small[client][module] = core
-    reduced = tuple(replace(u, adapter=small[u.client_id]) for u in in_order(updates))
-    model = GlobalModel(start=start, round=model.round)
-    mean = {module: delta.dense() for module, delta in exact_mean(reduced, weights, start).items()}
-    exact = {m: matrix - start[m].dense() if m in start else matrix for m, matrix in mean.items()}
-    return Federation(reduced, dict(weights), model, mean, exact, shapes)
-
-
-def _split(stack: LowRankDelta, ranks: Sequence[int]) -> list[LowRankDelta]:
-    """The parts of a stack of these ranks in the basis of the whole, in float64."""
-    r_b, r_a = (triangular(factor)[1] for factor in (stack.B, stack.A.T))
-    parts = zip(*(torch.split(r, list(ranks), dim=1) for r in (r_b, r_a)), strict=True)
-    return [LowRankDelta(a.T.contiguous(), b.contiguous()) for b, a in parts]
 
 
 def measure_noise(
@@ -234,34 +171,6 @@ def shares(round_: Federation) -> dict[str, float]:
             inner += float((change * round_.exact[module]).sum())
         found[update.client_id] = round_.weights[update.client_id] * inner / total if total else 0.0
     return found
-
-
-def spectrum(core: Tensor) -> Spectrum:
-    """The spectrum of one module's change, from its core or from the matrix itself."""
-    sigma = torch.linalg.svdvals(core.double())
-    size = float(sigma.norm())
-    if not size:
-        return Spectrum(0.0, 0.0, 0.0, 0.0, {})
-    effective = math.exp(_entropy(sigma / sigma.sum()))
-    energy = {str(r): float(sigma[:r].square().sum()) / size**2 for r in _powers(len(sigma))}
-    return Spectrum(size, float(sigma[0]), effective, _entropy(sigma.square() / size**2), energy)
-
-
-def pooled_energy(cores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Rank -> the energy of all modules that is left when each is cut to that rank."""
-    sigmas = [torch.linalg.svdvals(core) for core in cores.values()]
-    total = sum(float(sigma.square().sum()) for sigma in sigmas)
-    ranks = _powers(max((len(sigma) for sigma in sigmas), default=0)) if total else []
-    return {str(r): sum(float(sigma[:r].square().sum()) for sigma in sigmas) / total for r in ranks}
-
-
-def _powers(limit: int) -> list[int]:
-    """1, 2, 4, … and the limit itself."""
-    return sorted({*(2**k for k in range(limit.bit_length()) if 2**k < limit), limit} - {0})
-
-
-def _entropy(probabilities: Tensor) -> float:
-    return float(-torch.special.xlogy(probabilities, probabilities).sum())
 
 
 def _cores(

@@ -6,7 +6,7 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -19,9 +19,7 @@ from corolla.aggregation import (
     Budget,
     ClientRule,
     ClientShare,
-    FreshRows,
     GlobalModel,
-    LowRankState,
     Method,
     NoiseOf,
     Principal,
@@ -32,18 +30,17 @@ from corolla.aggregation import (
     build_method,
     client_weights,
     cut,
-    fill_adapter,
     no_principal,
     ranks,
     scale_adapter,
     share,
     whole,
 )
-from corolla.client.protocol import Order, Reply, Task, adapter_bytes, pack_adapter, share_digest, unpack_metrics
+from corolla.client.protocol import Order, Task, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
+from corolla.server.round import OpenRound
 from corolla.server.stream import Stream
-from corolla.server.validation import Rejected, check_reply
 
 
 @dataclass(frozen=True)
@@ -135,10 +132,7 @@ class FederatedLoRA(Strategy):
         self.rounds_done, self._last_round = rounds_done, rounds_done
         self._evaluated = set(evaluated)
         self.on_round, self.on_evaluation = on_round, on_evaluation
-        self._orders: dict[str, Order] = {}
-        self._held: dict[str, LowRankState] = {}
-        self._slots: Slots | None = None
-        self._sent: dict[str, dict[str, Any]] = {}
+        self._round = OpenRound(rounds_done, self.fleet)
         self._evaluators: set[str] = set()
         self._cut_error = 0.0
         self._began = time.perf_counter()
@@ -200,16 +194,13 @@ class FederatedLoRA(Strategy):
         reduced, self._cut_error = cut(model, self.download)
         version = model.digest()
         chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
-        self._orders, self._held, self._sent, messages = {}, {}, {}, []
         shapes = {client: self.fleet.clients[client].shapes for client in chosen}
-        self._slots = None if "W" in rule.trains else Slots(shapes, ranks)
+        self._round = OpenRound(round_number, self.fleet, None if "W" in rule.trains else Slots(shapes, ranks))
+        messages = []
         for client in chosen:
-            hello = self.fleet.clients[client]
-            part = share(reduced, rule, ranks[client], hello.shapes)
+            part = share(reduced, rule, ranks[client], shapes[client])
             order = self._order(round_number, ranks[client], rule, version, part)
-            self._orders[client] = order
-            self._held[client] = self._fixed_factors(client, order, part)
-            self._sent[client] = {"rank": ranks[client], "bytes_down": part.nbytes, "dropped_start": part.dropped}
+            self._round.ask(client, order, part)
             messages.append(self._message(Task(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
 
@@ -228,13 +219,6 @@ class FederatedLoRA(Strategy):
             keep=rule.keep,
         )
 
-    def _fixed_factors(self, client: str, order: Order, part: ClientShare) -> LowRankState:
-        """L_k before training, where one of its factors is fixed and need not come back; else nothing."""
-        if order.trains not in ("A", "B"):
-            return {}
-        fresh = FreshRows(order.seed, order.fresh_round)
-        return fill_adapter(part.start, self.fleet.clients[client].shapes, order.rank, fresh)
-
     def _message(self, task: Task, client: str, kind: str) -> Message:
         return Message(
             task.pack(),
@@ -248,7 +232,7 @@ class FederatedLoRA(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The round's outcome from the sound replies; (None, None), and the model as it was, where too few came."""
-        accepted, quarantined = self._sort_out(replies)
+        accepted, quarantined = self._round.collect(replies, self.deadline)
         self.rounds_done += 1
         updates = [reply.update() for reply in accepted.values()]
         facts: dict[str, Any] = {"download_error": self._cut_error}
@@ -257,7 +241,7 @@ class FederatedLoRA(Strategy):
         if successful:
             weights = client_weights(updates, self.weights)
             for client, weight in weights.items():
-                self._sent[client]["weight"] = weight
+                self._round.clients[client]["weight"] = weight
             before = self._model()
             outcome = self.method.aggregate(updates, weights, before)
             noise = self.noise(updates, weights, before) if self.noise else {}
@@ -276,7 +260,7 @@ class FederatedLoRA(Strategy):
             self.rounds_done,
             successful,
             time.perf_counter() - self._began,
-            {client: self._sent[client] for client in sorted(self._sent)},
+            dict(sorted(self._round.clients.items())),
             quarantined,
             facts,
             dict(self.fleet.refused),
@@ -287,48 +271,6 @@ class FederatedLoRA(Strategy):
             return None, None
         loss = weighted_mean(record.clients, "train_loss", "num_examples")
         return pack_adapter(whole(self._model())), MetricRecord({"train_loss": loss} if loss is not None else {})
-
-    def _sort_out(self, replies: Iterable[Message]) -> tuple[dict[str, Reply], dict[str, str]]:
-        """The sound replies by client, sorted, and the reason for every client without one."""
-        accepted: dict[str, Reply] = {}
-        quarantined: dict[str, str] = {}
-        for message in replies:
-            client = message.metadata.group_id.partition(":")[2]
-            try:
-                reply = self._accept(message, client)
-                if client in accepted:
-                    raise Rejected("a client may reply once a round, got a second reply")
-                accepted[client] = self._in_place(client, reply)
-                self._sent[client] = {
-                    **reply.metrics,
-                    **self._sent[client],
-                    "num_examples": reply.num_examples,
-                    "processed": reply.processed,
-                    "bytes_up": adapter_bytes(message.content.array_records["adapter"]),
-                }
-            except ValueError as error:
-                quarantined[client or "unknown"] = str(error)
-                log(30, "round %d: reply of %s is quarantined: %s", self.rounds_done + 1, client or "?", error)
-        for client in self._orders.keys() - accepted.keys() - quarantined.keys():
-            quarantined[client] = f"no reply within {self.deadline:g} s"
-        return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
-
-    def _in_place(self, client: str, reply: Reply) -> Reply:
-        """The reply with its factors in the round's stack, so that its message can go; not for whole weights."""
-        return replace(reply, adapter=self._slots.put(client, reply.adapter)) if self._slots else reply
-
-    def _accept(self, message: Message, client: str) -> Reply:
-        if client not in self._orders:
-            raise Rejected(f"a reply must belong to an order of this round, got {message.metadata.group_id!r}")
-        if message.has_error():
-            raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
-        if message.metadata.src_node_id != self.fleet.node(client):
-            raise Rejected(
-                f"the order went to node {self.fleet.node(client)}, got {message.metadata.src_node_id}'s reply"
-            )
-        reply = Reply.unpack(message.content, self._held[client])
-        check_reply(reply, self.fleet.clients[client], self._orders[client])
-        return reply
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

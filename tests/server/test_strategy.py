@@ -196,7 +196,7 @@ def test_a_strategy_goes_on_from_a_model():
 def test_the_reply_of_an_unknown_message_changes_nothing():
     strategy, _ = run(fake_grid(RANKS), rounds=1)
     model = strategy.model
-    accepted, quarantined = strategy._sort_out([])
+    accepted, quarantined = strategy._round.collect([], 1.0)
     assert not accepted
     assert quarantined.keys() == set(RANKS)
     assert strategy.model is model
