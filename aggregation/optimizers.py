@@ -119,9 +119,7 @@ def with_optimizer(method: Method, name: str, **options: float) -> Method:
     """
     if name == "none":
         if options:
-            raise ValueError(
-                f"{min(options)} belongs to a server optimizer, got none: set aggregation.server_optimizer"
-            )
+            raise ValueError(f"{min(options)} needs a server optimizer, got none: set aggregation.server_optimizer")
         return method
     if name not in OPTIMIZERS:
         raise ValueError(f"server optimizer must be one of none, {', '.join(sorted(OPTIMIZERS))}, got {name!r}")

@@ -74,7 +74,7 @@ def train_round(
     cuda = base.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(base.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _training_mode(model), _as_it_was(base.model):
         trainer = RoundTrainer(
             model=model,
             args=_trainer_arguments(config, steps, seed, folder, cuda),
@@ -86,8 +86,7 @@ def train_round(
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        with _training_mode(model):
-            trainer.train()
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not losses or not all(math.isfinite(loss) for loss in losses):
         raise RuntimeError(f"local training needs a finite loss, got {losses}: lower train.learning_rate")
@@ -115,6 +114,21 @@ def _training_mode(model: Any) -> Any:
         yield
     finally:
         model.eval()
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Any:
+    """What trainers write into a model goes with them, but for the parameters that they train.
+
+    TRL puts a forward of its own around the base's at every training and leaves it there: after a thousand of them a
+    forward pass would end in a RecursionError.
+    """
+    before = dict(model.__dict__)
+    try:
+        yield
+    finally:
+        model.__dict__.clear()
+        model.__dict__.update(before)
 
 
 def _trainer_arguments(config: TrainConfig, steps: int, seed: int, folder: str, cuda: bool) -> SFTConfig:

@@ -13,6 +13,10 @@ def lines(run: Mapping[str, Any], kind: str) -> list[Line]:
     return [line for line in run["lines"] if line["kind"] == kind]
 
 
+ROUNDING = 1e-6
+"""Relative errors up to this are float32 rounding."""
+
+
 def noise_lines(run: Mapping[str, Any]) -> list[Line]:
     """The rounds that were measured (aggregation.noise)."""
     return [line for line in lines(run, "round") if line.get("noise")]
@@ -57,12 +61,19 @@ def by_bytes(runs: Sequence[Any], name: str) -> Series:
     return found
 
 
+def beyond_rounding(figures: Mapping[str, Any]) -> bool:
+    """Whether a method's error is more than float32 rounding: what is exact needs no plot."""
+    return bool(figures.get("modules")) and (figures.get("relative_error") or 0.0) > ROUNDING
+
+
 def noise(run: Mapping[str, Any]) -> Series:
-    """Method -> its relative error by round."""
+    """Method -> its relative error by round, of the methods that err in any round."""
     found: dict[str, list[tuple[Any, Any]]] = {}
-    for line in noise_lines(run):
+    measured = noise_lines(run)
+    for line in measured:
         for method, figures in line["noise"].get("methods", {}).items():
-            found.setdefault(method, []).append((line["round"], figures.get("relative_error")))
+            if any(beyond_rounding(other["noise"].get("methods", {}).get(method, {})) for other in measured):
+                found.setdefault(method, []).append((line["round"], figures.get("relative_error")))
     return {method: _points(pairs) for method, pairs in found.items()}
 
 

@@ -7,7 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corolla.simulations.report.curves import Series, by_bytes, energy, inits, lines, metric, noise, noise_lines, shares
+from corolla.simulations.report.curves import (
+    Series,
+    beyond_rounding,
+    by_bytes,
+    energy,
+    inits,
+    lines,
+    metric,
+    noise,
+    noise_lines,
+    shares,
+)
 from corolla.simulations.report.gather import clients_of, gather
 
 FORMATS = ("pdf", "svg")
@@ -108,10 +119,10 @@ def _suffix(runs: Sequence[Any], run: Mapping[str, Any]) -> str:
 
 
 def _module_errors(run: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Method -> module -> relative error in the run's last measured round."""
+    """Method -> module -> relative error in the run's last measured round, for those that err."""
     measured = noise_lines(run)
     methods = measured[-1]["noise"].get("methods", {}) if measured else {}
-    return {method: found["modules"] for method, found in methods.items() if found.get("modules")}
+    return {method: found["modules"] for method, found in methods.items() if beyond_rounding(found)}
 
 
 def _draw_lines(axes: Any, series: Series, across: str, up: str) -> None:

@@ -33,14 +33,16 @@ function figure(body, { id, title, note, draw, data }) {
   node.append(details);
 }
 
+function linesTable(series, x, unit) {
+  const named = series.filter((one) => one.points.length);
+  const places = unique(named.flatMap((one) => one.points.map((point) => point[0]))).sort((a, b) => a - b);
+  const maps = named.map((one) => new Map(one.points));
+  return table([column(x.label, x.unit ?? "0"), ...named.map((one) => column(one.name, unit))],
+    places.map((place) => [place, ...maps.map((map) => map.get(place))]));
+}
+
 function linesFigure(body, { x, y, series, ...rest }) {
-  const data = () => {
-    const named = series.filter((one) => one.points.length);
-    const places = unique(named.flatMap((one) => one.points.map((point) => point[0]))).sort((a, b) => a - b);
-    const maps = named.map((one) => new Map(one.points));
-    return table([column(x.label, x.unit ?? "0"), ...named.map((one) => column(one.name, y.unit))],
-      places.map((place) => [place, ...maps.map((map) => map.get(place))]));
-  };
+  const data = () => linesTable(series, x, y.unit);
   figure(body, { ...rest, data: rest.data ?? data, draw: (width) => drawLines(width, { x, y, series, label: rest.title }) });
 }
 
@@ -89,6 +91,10 @@ const measuredRuns = () => chosenRuns().filter((run) => noiseLine(run));
 const ofRun = (run, line) => DOC.kind === "noise" ? "" : `${several() ? `${run.label}, ` : ""}round ${line.round}`;
 const provenance = (run, line) => [ofRun(run, line), line.noise.method && `replies of ${line.noise.method}’s clients`, line.noise.init && `A initialised ${line.noise.init}`].filter(Boolean).join(", ");
 
+/** Errors up to this are float32 rounding: in a plot beside real ones they would be the scale. */
+const ROUNDING = 1e-6;
+const isError = (name) => name.endsWith("error");
+
 const ERRORS = [["relative_error", "relative error", "%"], ["cosine", "cosine", ""], ["gain", "gain", ""], ["spectral_error", "spectral error", "%"], ["client_error", "client error", "%"]];
 
 function drawMethods(body) {
@@ -113,19 +119,25 @@ function drawNoiseByRound(body) {
     const items = methods.filter(([method]) => state.methods.has(method)).map(([method, found]) => ({ name: method, style: methodStyle(method), value: found[name] }));
     return figure(body, { ...rest, draw: (width) => drawBars(width, { items, unit, label: rest.title }), data: () => table([column("method"), column(text, unit)], items.map((item) => [item.name, item.value])) });
   }
-  const series = chosenRuns().flatMap((run) => chosenMethods().map((method) => ({
-    name: several() ? `${method}, ${run.label}` : method,
-    style: several() ? { ...runStyle(run), color: methodStyle(method).color } : methodStyle(method),
+  const mixed = chosenRuns().filter((run) => noisesOf(run).length).length > 1;
+  const every = chosenRuns().flatMap((run) => chosenMethods().map((method) => ({
+    name: mixed ? `${method}, ${run.label}` : method,
+    style: mixed ? { ...runStyle(run), color: methodStyle(method).color } : methodStyle(method),
     points: noisesOf(run).map((line) => [line.round, line.noise.methods?.[method]?.[name]]).filter((point) => point[1] !== undefined),
   })).filter((one) => one.points.length));
+  const exact = isError(name) ? every.filter((one) => one.points.every((point) => isNumber(point[1]) && point[1] <= ROUNDING)) : [];
+  const series = exact.length < every.length ? every.filter((one) => !exact.includes(one)) : every;
+  if (series !== every && exact.length) rest.note += `; exact to rounding, so not drawn: ${exact.map((one) => one.name).join("; ")}`;
   const values = series.flatMap((one) => one.points.map((point) => point[1])).filter(isNumber);
   const wide = Math.min(...values) > 0 && Math.max(...values) > 50 * Math.min(...values);
-  linesFigure(body, { ...rest, x: ROUND, y: { unit, kind: wide ? "log" : "zero" }, series });
+  const data = () => linesTable(every, ROUND, unit);
+  linesFigure(body, { ...rest, x: ROUND, y: { unit, kind: wide ? "log" : "zero" }, series, data });
 }
 
 const MODULE_FIGURES = { norm: ["Norm of the change", ""], spectral_norm: ["Spectral norm of the change", ""], effective_rank: ["Effective rank of the change", ""], entropy: ["Entropy of the change’s spectrum", ""] };
+const real = (method) => Number(measuredRuns().some((run) => (noiseLine(run).noise.methods?.[method]?.relative_error ?? 0) > ROUNDING));
 const heatOptions = () => [
-  ...chosenMethods().map((method) => [`error:${method}`, `relative error of ${method}`]),
+  ...chosenMethods().sort((a, b) => real(b) - real(a)).map((method) => [`error:${method}`, `relative error of ${method}`]),
   ...Object.entries(MODULE_FIGURES).map(([name, [title]]) => [name, title.toLowerCase()]),
 ].filter(([name]) => chosenRuns().some((run) => noisesOf(run).some((line) => Object.keys(heatValues(line.noise, name)).length)));
 

@@ -15,7 +15,8 @@ const state = {
 const runIndex = (run) => DOC.runs.indexOf(run);
 const runStyle = (run) => look(runIndex(run));
 const clientStyle = (client) => look(DOC.clients.indexOf(client));
-const methodStyle = (method) => look(DOC.methods.indexOf(method));
+const JUDGED = DOC.methods.filter((method) => DOC.runs.some((run) => run.lines.some((line) => line.noise?.methods?.[method] && line.noise.methods[method].not_applicable === undefined)));
+const methodStyle = (method) => look(Math.max(0, JUDGED.indexOf(method)));
 const chosenRuns = () => DOC.runs.filter((run) => state.runs.has(run.label) && (!run.method || state.ways.has(run.method)));
 const chosenClients = () => DOC.clients.filter((client) => state.clients.has(client));
 const chosenMethods = () => DOC.methods.filter((method) => state.methods.has(method));

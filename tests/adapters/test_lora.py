@@ -7,6 +7,7 @@ from torch import nn
 
 from corolla.adapters import (
     AdapterSpec,
+    FolderFacts,
     attached,
     read_adapter,
     read_peft_folder,
@@ -72,7 +73,7 @@ def test_conv1d_modules_are_read_and_exported_right(tmp_path):
     adapter = read_adapter(model, "default")
     assert {d.shape for d in adapter.values()} == {(96, 32)}
     base = model.unload()
-    write_peft_folder(adapter, tmp_path, "tiny", fan_in_fan_out=True)
+    write_peft_folder(adapter, tmp_path, FolderFacts("tiny", fan_in_fan_out=True))
     again = PeftModel.from_pretrained(base, str(tmp_path)).eval()(tokens).logits
     assert (expected - plain).abs().max() > 1e-3
     assert torch.allclose(again, expected, atol=1e-5)
@@ -185,4 +186,4 @@ def test_a_folder_that_is_none_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         read_peft_folder(tmp_path)
     with pytest.raises(ValueError, match="at least one component"):
-        write_peft_folder({}, tmp_path, "tiny")
+        write_peft_folder({}, tmp_path, FolderFacts("tiny"))

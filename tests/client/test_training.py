@@ -51,6 +51,16 @@ def test_the_schedule_of_the_rounds_is_the_schedule_of_the_run(tiny, schedule, m
     assert len(set(whole)) > 2
 
 
+def test_a_trainer_leaves_nothing_behind_in_the_base(tiny):
+    """TRL wraps the base's forward at every training: unless it is taken off, the thousandth round recurses too deep."""
+    before, forward = set(tiny.model.__dict__), tiny.model.forward
+    for _ in range(2):
+        train(tiny, TrainConfig(local_steps=1, batch_size=2), examples(tiny, 2))
+        assert set(tiny.model.__dict__) == before
+        assert tiny.model.forward == forward
+    assert not tiny.model.training
+
+
 def test_training_learns_and_leaves_base_and_frozen_part_alone(tiny):
     before = state_of(tiny.model)
     frozen = random_adapter(target_shapes(tiny.model, SPEC), 3)

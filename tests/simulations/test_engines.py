@@ -33,9 +33,11 @@ def test_ray_gives_the_same_adapter(in_process, tiny_folder, tmp_path):
 
 
 def test_a_failure_on_ray_is_an_error_here(tiny_folder, tmp_path):
-    config = tiny_config(tiny_folder, tmp_path / "run", run={"backend": "ray"}, aggregation={"method": "fedit"})
-    with pytest.raises(EngineError, match="fedit averages clients of one rank"):
-        simulate(config)
+    targets = [["q_proj"], ["v_proj"], ["q_proj"]]  # only the clients know which modules these names find
+    clients = {"ranks": 4, "target_modules": targets}
+    sections = {"run": {"backend": "ray"}, "aggregation": {"method": "fedit"}, "clients": {"count": 3, **clients}}
+    with pytest.raises(EngineError, match="fedit averages clients with the same modules"):
+        simulate(tiny_config(tiny_folder, tmp_path / "run", **sections))
 
 
 def test_flwr_run_gives_the_same_adapter(in_process, tiny_folder, tmp_path):

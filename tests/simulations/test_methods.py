@@ -20,9 +20,9 @@ def run(name, tiny_folder, out, **sections):
 
 @pytest.mark.parametrize("name", sorted(AGGREGATORS))
 def test_a_run_trains_what_its_method_allows(name, tiny_folder, tmp_path):
-    found = run(name, tiny_folder, tmp_path, run={"rounds": 3, "evaluate": "never", "keep_replies": True})
+    found = run(name, tiny_folder, tmp_path, run={"rounds": 2, "evaluate": "never"})
     rounds = [line for line in found.metrics if line["kind"] == "round"]
-    assert [line["successful"] for line in rounds] == [True] * 3
+    assert [line["successful"] for line in rounds] == [True] * 2
     assert not any(line["quarantined"] for line in rounds)
     assert adapter_norm(found.adapter) > 0
     assert all(math.isfinite(c["train_loss"]) for line in rounds for c in line["clients"].values())
