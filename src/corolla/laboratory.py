@@ -13,7 +13,7 @@ from corolla.terminal import Verbose, console, exit_codes, quiet
 
 if TYPE_CHECKING:
     from corolla.simulations.suite import SuiteResult
-    from corolla.simulations.suite_runs import Outcome
+    from corolla.simulations.suite.cells import Outcome
 
 AdapterPaths = Annotated[list[Path], typer.Argument(help="PEFT adapter folders of one base", metavar="ADAPTER…")]
 Weights = Annotated[

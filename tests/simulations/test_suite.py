@@ -9,13 +9,12 @@ import torch
 from corolla import simulate
 from corolla.aggregation import AGGREGATORS, add_adapters, scale_adapter
 from corolla.server.config import ConfigError
-from corolla.simulations import suite_runs
 from corolla.simulations.simulate import Watch
-from corolla.simulations.suite import SUITES, compare_suite
-from corolla.simulations.suite_config import REFERENCES, Suite
-from corolla.simulations.suite_runs import divergence, traffic
-from corolla.simulations.suite_table import Statistic, SuiteResult
-from corolla.simulations.tiny_base import Recipe, build_tokenizer, draw_examples, recipe_key, tiny_base
+from corolla.simulations.suite import SUITES, cells, compare_suite
+from corolla.simulations.suite.cells import divergence, traffic
+from corolla.simulations.suite.config import REFERENCES, Suite
+from corolla.simulations.suite.table import Statistic, SuiteResult
+from corolla.simulations.suite.tiny_base import Recipe, build_tokenizer, draw_examples, recipe_key, tiny_base
 from tests.test_cli import run as command
 
 
@@ -76,7 +75,7 @@ def test_divergence_is_the_dense_distance_from_the_exact_run(finished):
     result, out = finished
     folders = [out / f"mixed/{name}/seed-0" for name in ("zero-padding", "warm")]
     ours, theirs = (
-        {m: d.B.double() @ d.A.double() for m, d in suite_runs.whole(suite_runs.RunFolder(f).load(1).model).items()}
+        {m: d.B.double() @ d.A.double() for m, d in cells.whole(cells.RunFolder(f).load(1).model).items()}
         for f in folders
     )
     pairs = [(ours[m], theirs[m]) for m in theirs]
@@ -144,7 +143,7 @@ def test_a_suite_that_is_killed_goes_on_and_ends_with_the_same_table(tiny_folder
     with pytest.raises(KeyboardInterrupt):
         compare_suite(values, out=out, watch=Watch(kill), on_cell=lambda outcome, n, total: done.append(outcome.folder))
     assert [folder.parent.name for folder in done] == [*REFERENCES, "warm"]
-    assert suite_runs.RunFolder(out / "mixed/zero-padding/seed-0").rounds() == [1]
+    assert cells.RunFolder(out / "mixed/zero-padding/seed-0").rounds() == [1]
     before = {path: path.stat().st_mtime_ns for folder in done for path in folder.rglob("*") if path.is_file()}
     again: list[str] = []
     result = compare_suite(values, out=out, watch=Watch(again.append))
@@ -185,7 +184,7 @@ def test_a_refusal_is_a_cell_and_a_failure_is_named(tiny_folder, tmp_path):
 
 def test_lost_replies_are_said(finished):
     result, _ = finished
-    lost = [suite_runs.replace(o, numbers={**o.numbers, "lost": 2.0}) for o in result.outcomes if o.row == "warm"][:1]
+    lost = [cells.replace(o, numbers={**o.numbers, "lost": 2.0}) for o in result.outcomes if o.row == "warm"][:1]
     assert SuiteResult(result.suite, result.rows, tuple(lost), {}).notes() == [
         "warm in one-rank, seed 0, lost 2 replies of clients"
     ]
@@ -221,20 +220,20 @@ def test_a_method_and_a_seed_can_be_added(tiny_folder, tmp_path):
 def test_references_have_the_budget_that_they_should(tiny_folder, tmp_path, monkeypatch):
     """Two clients of three rounds of two steps: alone six steps each, together twelve, one round of six."""
     seen: list = []
-    real = suite_runs.train_once
+    real = cells.train_once
 
     def spy(client, model, round_number):
         steps = client.settings.train.steps(len(client.data.train))
         seen.append((client.client_id, client.rank, len(client.data.train), steps, client.settings.rounds))
         return real(client, model, round_number)
 
-    monkeypatch.setattr(suite_runs, "train_once", spy)
+    monkeypatch.setattr(cells, "train_once", spy)
     values = mini(tiny_folder, seeds=[0], methods=["warm"], settings={"mixed": {"clients.ranks": [2, 4]}})
     values["config"]["run"] |= {"rounds": 3}
     values["config"]["train"] |= {"local_steps": 2}
     compare_suite(values, out=tmp_path)
     assert seen == [("client-000", 2, 16, 6, 1), ("client-001", 4, 16, 6, 1), ("centralised", 4, 32, 12, 1)]
-    config = suite_runs.RunFolder(tmp_path / "mixed/one-round/seed-0").config()
+    config = cells.RunFolder(tmp_path / "mixed/one-round/seed-0").config()
     assert (config.run.rounds, config.train.local_steps, config.aggregation.method) == (1, 6, "flora")
     locals_ = [json.loads(p.read_text()) for p in sorted((tmp_path / "mixed/local-only").rglob("client-*.json"))]
     cell = json.loads((tmp_path / "mixed/local-only/seed-0/cell.json").read_text())
@@ -246,10 +245,10 @@ def test_a_federation_of_one_in_one_round_is_that_client_alone(tiny_folder, tmp_
     """local-only by another way: simulate with one client."""
     one = mini(tiny_folder, seeds=[0], methods=["warm"], settings={"one": {"clients.ranks": 4, "clients.count": 1}})
     result = compare_suite(one, out=tmp_path)
-    config = suite_runs.RunFolder(tmp_path / "one/one-round/seed-0").config()
+    config = cells.RunFolder(tmp_path / "one/one-round/seed-0").config()
     run = simulate(config, out=tmp_path / "again")
     alone = result.row("one", "local-only").numbers["held_out_loss"].mean
-    assert alone == pytest.approx(suite_runs.measure(run.adapter, config)["held_out_loss"], rel=1e-5)
+    assert alone == pytest.approx(cells.measure(run.adapter, config)["held_out_loss"], rel=1e-5)
     assert add_adapters(run.adapter, scale_adapter(run.adapter, -1.0))
 
 
@@ -322,7 +321,7 @@ def test_the_tiny_base_is_made_once_and_is_the_same_every_time(tmp_path, monkeyp
     del values["config"]["model"]["name"]
     result = compare_suite(values, out=tmp_path / "out", recipe=SHORT)
     assert result.row("a", "warm").n == 1
-    assert suite_runs.RunFolder(tmp_path / "out/a/warm/seed-0").config().model.name == str(folder)
+    assert cells.RunFolder(tmp_path / "out/a/warm/seed-0").config().model.name == str(folder)
 
 
 def test_a_pretraining_that_is_killed_leaves_nothing(tmp_path, monkeypatch):

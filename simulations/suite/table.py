@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from corolla.simulations.suite_config import REFERENCES, Suite
-from corolla.simulations.suite_runs import DONE, FAILED, REFUSED, Outcome, divergence
+from corolla.simulations.suite.cells import DONE, FAILED, REFUSED, Outcome, divergence
+from corolla.simulations.suite.config import REFERENCES, Suite
 
 KIB, MIB = 2.0**10, 2.0**20
 

@@ -17,7 +17,7 @@ from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.run import run_facts
 from corolla.simulations.alone import train_once
 from corolla.simulations.simulate import Watch, clients_of, simulate
-from corolla.simulations.suite_config import BASE, CENTRALISED, LOCAL_ONLY
+from corolla.simulations.suite.config import BASE, CENTRALISED, LOCAL_ONLY
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 

@@ -1,4 +1,4 @@
-"""Runs between runs: methods × settings × seeds on the same data and the same budget, as one table.
+"""Runs what a suite has not done yet, and returns all of it.
 
     from corolla.simulations.suite import compare_suite
     print(compare_suite("suite.toml", out="runs/compare").to_markdown())
@@ -13,12 +13,12 @@ from typing import Any
 
 from corolla.server.folder import RunFolder
 from corolla.simulations.simulate import Watch
-from corolla.simulations.suite_config import Suite
-from corolla.simulations.suite_runs import Outcome, held_out, run_cell
-from corolla.simulations.suite_table import SuiteResult
-from corolla.simulations.tiny_base import TINY, Recipe, tiny_base
+from corolla.simulations.suite.cells import Outcome, held_out, run_cell
+from corolla.simulations.suite.config import Suite
+from corolla.simulations.suite.table import SuiteResult
+from corolla.simulations.suite.tiny_base import TINY, Recipe, tiny_base
 
-SUITES = Path(__file__).parent / "suites"
+SUITES = Path(__file__).parent
 """The suites that come with Corolla."""
 
 SILENT = Watch()
