@@ -74,9 +74,9 @@ def certify(
 ) -> Certificate:
     """How far `outcome` (merge + start') is from M, by QR in float64, one module at a time.
 
-    The error is relative to Σ p_k ‖L_k‖_F + ‖Σ p_k T_k‖_F, since M itself may cancel. A method that claims
-    exactness says why in `claim`; one that does not gives `reason`. A claim that the numbers contradict is reported
-    as not exact.
+    The error is relative to Σ p_k ‖L_k‖_F + ‖Σ p_k T_k‖_F, since M itself may cancel. A method that can be exact says
+    why in `claim`, one that can be off says why in `reason`; the numbers decide. A method that knows no reason to be
+    off, and is, is reported as one whose claim is false.
     """
     error, put_back = 0.0, 0.0
     for module in sorted({*modules_of(updates, start), *outcome}):
@@ -87,7 +87,7 @@ def certify(
     size = sum(weights[u.client_id] * adapter_size(u.adapter) for u in updates) + math.sqrt(put_back)
     relative = math.sqrt(error) / size if size else math.sqrt(error)
     exact = bool(claim) and relative <= EXACT
-    if claim and not exact:
+    if claim and not exact and not reason:
         reason = f"claimed exact ({claim}), but the error is {relative:.1e} of the sum"
     rank = max(ranks(outcome).values(), default=0)
     return Certificate(exact, math.sqrt(error), relative, rank, claim if exact else reason)

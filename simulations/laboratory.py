@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,8 @@ def _prove(adapters: Adapters, out: Path, proof: Certificate, cut: bool) -> Merg
     """The certificate of what is in the folder now, written beside it."""
     written = read_peft_folder(out)
     claim = proof.reason if proof.exact else ""
-    reason = "cut after aggregation" if cut and proof.exact else proof.reason
-    final = certify(written, adapters.updates, adapters.weights, {}, claim=claim)
-    if not final.exact:
-        final = replace(final, reason=reason)
+    reason = ("cut after aggregation" if cut else "") if proof.exact else proof.reason
+    final = certify(written, adapters.updates, adapters.weights, {}, claim, reason)
     exact = exact_mean(adapters.updates, adapters.weights, {})
     size = adapter_norm(exact)
     merge = Merge(max(ranks(written).values()), distance(written, exact) / size if size else 0.0, final)

@@ -17,10 +17,7 @@ def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], mo
     mean = low_rank(exact_mean(updates, weights, {}))
     start = {module: compress(delta)[0] for module, delta in mean.items()}
     start |= {module: delta for module, delta in model.start.items() if module not in mean}
-    proof = certify(start, updates, weights, model.start, claim=CLAIM)
-    if not proof.exact:
-        proof = certify(start, updates, weights, model.start, reason=REASON)
-    return GlobalUpdate({}, start, proof)
+    return GlobalUpdate({}, start, certify(start, updates, weights, model.start, CLAIM, REASON))
 
 
 def flexlora() -> Method:
