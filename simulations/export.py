@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corolla.adapters import Base, carrying, export_adapter, export_merged, open_base
-from corolla.aggregation import AdapterState, Budget, adapter_norm, compress_adapter, ranks, whole, without_empty
+from corolla.aggregation import (
+    AdapterState,
+    Budget,
+    DenseDelta,
+    adapter_norm,
+    compress_adapter,
+    ranks,
+    whole,
+    without_empty,
+)
 from corolla.client.app import use_threads
 from corolla.client.data import encode, read_rows
 from corolla.client.evaluation import Evaluation, evaluate, mean_loss
@@ -40,6 +49,8 @@ def export_checkpoint(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"--energy must be in (0, 1], got {energy}: 0.99 keeps 99 % of the squared norm")
     _, base, adapter = _open(run, round_number)
+    if not merged and any(isinstance(delta, DenseDelta) for delta in adapter.values()):
+        raise ValueError(f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged")
     budget = Budget(rank, (1 - energy) ** 0.5 if energy is not None else 0.0)
     small, lost = compress_adapter(adapter, budget)
     small = without_empty(small)

@@ -88,7 +88,9 @@ def _say_where(run: Any) -> None:
             f"held-out loss {first['held_out_loss']:.3f} → {last['held_out_loss']:.3f}, "
             f"exact match {first['exact_match']:.1%} → {last['exact_match']:.1%}"
         )
-    console.print(f"run: {run.folder}   adapter: {run.folder / 'adapter'}", soft_wrap=True)
+    adapter = run.folder / "adapter"
+    result = f"adapter: {adapter}" if adapter.exists() else "no adapter: corolla export --merged writes the model"
+    console.print(f"run: {run.folder}   {result}", soft_wrap=True)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from corolla import simulate
 from corolla.aggregation import AGGREGATORS, DenseDelta, adapter_norm, build_method
 from corolla.server.config import ConfigError
+from corolla.simulations.export import export_checkpoint
 from tests.simulations.federation import tiny_config
 
 
@@ -32,6 +34,18 @@ def test_a_run_trains_what_its_method_allows(name, tiny_folder, tmp_path):
     assert exact == {name in {"flora", "warm", "fedex", "ffa", "rolora", "fedsvd", "full"}} or name == "flexlora"
     if name == "full":
         assert all(isinstance(delta, DenseDelta) for delta in found.adapter.values())
+
+
+def test_full_fine_tuning_is_exported_as_a_model_and_not_as_an_adapter(tiny_folder, tmp_path):
+    found = run("full", tiny_folder, tmp_path / "run", run={"rounds": 1, "evaluate": "never"})
+    with pytest.raises(ValueError, match=r"full fine-tuning makes no adapter, .*use --merged"):
+        export_checkpoint(found.folder, tmp_path / "adapter")
+    report = export_checkpoint(found.folder, tmp_path / "merged", merged=True)
+    assert report.logits_error < 1e-5
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for module, delta in found.adapter.items():
+        assert torch.allclose(after[f"{module}.weight"] - before[f"{module}.weight"], delta.dense(), atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("ffa", ["A", "A", "A"]), ("rolora", ["A", "B", "A"]), ("fedsvd", ["A"])])
