@@ -73,10 +73,14 @@ def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
         if b is None:
             raise ValueError(f"every A needs its B, got {key} alone in {folder}")
         module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"{module} must be finite, got NaN or infinity in {folder}")
         scaling = _scaling(config, module, a.shape[0])
         adapter[module] = LowRankDelta(a.float(), (b.double() * scaling).float())
     if tensors:
         raise ValueError(f"only LoRA factors of linear modules can be read, got {sorted(tensors)[0]} in {folder}")
+    if not adapter:
+        raise ValueError(f"an adapter must have LoRA factors, got none in {folder}")
     return adapter
 
 

@@ -109,9 +109,10 @@ def distance(one: AdapterState, other: AdapterState) -> float:
 
 
 def module_distance(module: str, one: AdapterState, other: AdapterState) -> float:
-    """‖one − other‖_F of one module; an adapter that lacks it counts as zero."""
+    """‖one − other‖_F of one module; an adapter that lacks it counts as zero. Two kinds meet as matrices."""
     if module in one and module in other:
-        _one_kind([one[module], other[module]])
+        if type(one[module]) is not type(other[module]):
+            return dense.distance(*(DenseDelta(adapter[module].double().dense()) for adapter in (one, other)))
         return float(RULES[type(one[module])].distance(one[module], other[module]))
     return norm(one[module] if module in one else other[module])
 

@@ -1,12 +1,12 @@
 """The exact outcome of a round, and the proof that a method reached it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from corolla.aggregation.algebra import adapter_size, add, module_distance, norm, ranks, scale
-from corolla.aggregation.delta import AdapterState, Delta, LowRankDelta, LowRankState
+from corolla.aggregation.delta import AdapterState, Delta, LowRankDelta, LowRankState, low_rank
 from corolla.aggregation.state import Certificate, ClientUpdate
 
 EXACT = 1e-6
@@ -30,7 +30,23 @@ def exact_mean(updates: Sequence[ClientUpdate], weights: Mapping[str, float], st
     that lack component i, so M = S + Σ p_k (L_k − S_k): where nobody moves, M = S. With an empty start this is
     FLoRA's stack (arXiv:2409.05976), and a module that only some clients adapt is summed over those.
     """
-    return {module: module_mean(module, updates, weights, start) for module in modules_of(updates, start)}
+    return dict(exact_means(updates, weights, start))
+
+
+def exact_means(
+    updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
+) -> Iterator[tuple[str, Delta]]:
+    """(module, M) one by one, so that one module is held in float64 at a time."""
+    for module in modules_of(updates, start):
+        yield module, module_mean(module, updates, weights, start)
+
+
+def low_rank_means(
+    updates: Sequence[ClientUpdate], weights: Mapping[str, float], start: LowRankState
+) -> Iterator[tuple[str, LowRankDelta]]:
+    """As `exact_means`, known to be low-rank. Raises ValueError, naming the module, where it is not."""
+    for module, mean in exact_means(updates, weights, start):
+        yield module, low_rank({module: mean})[module]
 
 
 def module_mean(

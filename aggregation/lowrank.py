@@ -60,7 +60,7 @@ def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
 
 
 def weighted_stack(parts: Sequence[tuple[LowRankDelta, float]]) -> LowRankDelta:
-    """Σ w_i ΔW_i by concatenation in the dtype of the first: `[w_1 B_1 …] @ [A_1; …]`, each entry rounded once.
+    """Σ w_i ΔW_i by concatenation in the dtype of the first: `[w_1 B_1 …] @ [A_1; …]`, weights rounded to it first.
 
     Every factor is written straight into its place, so it costs no more than a copy of the bytes; where the rows of A
     lie side by side already (`Slots`), they are not copied at all.

@@ -44,6 +44,24 @@ class Method:
                 "use flora or zero-padding"
             )
 
+    def admit(self, rank: int, modules: Collection[str], model: GlobalModel) -> None:
+        """Raises ValueError where a client of `rank` cannot join a federation that has `model` already.
+
+        With a common start it must find all its components and modules there: the server hands out A, and a component
+        that others do not know would be lost.
+        """
+        if not self.common_start:
+            return
+        widths = {module: delta.rank for module, delta in model.start.items()}
+        if unknown := sorted(set(modules) - widths.keys()):
+            raise ValueError(
+                f"{self.name} has a start common to all, without {unknown[0]}: join with its modules alone"
+            )
+        widest = min(widths[module] for module in modules)
+        if rank > widest or (not self.mixed_ranks and (rank != widest or set(modules) != set(widths))):
+            wanted = f"rank {widest} or less" if self.mixed_ranks else f"rank {widest} and all its modules"
+            raise ValueError(f"{self.name} has a start common to all, got rank {rank}: join with {wanted}")
+
 
 def require_one_rank(name: str, updates: Sequence[ClientUpdate]) -> None:
     """Raises ValueError naming the first client whose modules or ranks differ from the others'."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from corolla.aggregation.coordinates import Federation, in_coordinates
 from corolla.aggregation.delta import AdapterState, LowRankState, low_rank
 from corolla.aggregation.lowrank import Budget
-from corolla.aggregation.method import Method
+from corolla.aggregation.method import Method, require_one_rank
 from corolla.aggregation.registry import AGGREGATORS, build_method
-from corolla.aggregation.rounds import cut, share
+from corolla.aggregation.rounds import cut
 from corolla.aggregation.spectrum import pooled_energy, spectrum
 from corolla.aggregation.state import ClientUpdate, GlobalModel, Shapes
 
@@ -56,9 +56,10 @@ def measure_noise(
 ) -> dict[str, Any]:
     """What each method would make of these replies, as plain values for a JSON line.
 
-    `method` is the one whose clients made them; `init` says whether those shared their fresh rows of A, which moves
-    FedIT's noise by an order of magnitude, so it stands beside every figure. A method that asks something else of its
-    clients is `not_applicable` with the reason. `top-r` keeps the r largest components of each module's exact change.
+    `method` is the one whose clients made them, judged without its server optimizer; `init` says whether those shared
+    their fresh rows of A, which moves FedIT's noise by an order of magnitude, so it stands beside every figure. A
+    method that asks something else of its clients is `not_applicable` with the reason. `top-r` keeps the r largest
+    components of each module's exact change.
     """
     began = time.perf_counter()
     round_ = in_coordinates(updates, weights, model)
@@ -83,7 +84,7 @@ def measure_noise(
 
 def why_not(judged: Method, replied: Method, round_: Federation) -> str:
     """Why `judged` cannot be judged on replies that the clients of `replied` made; empty where it can."""
-    if judged.name == replied.name:
+    if judged.name == _plain(replied):
         return ""
     if judged.foreign:
         return judged.foreign
@@ -95,10 +96,16 @@ def why_not(judged: Method, replied: Method, round_: Federation) -> str:
     if lacking and replied.constrain(round_.model.round + 1).carries:
         return f"{lacking[0]} carried what its rank does not hold, which {judged.name} would drop"
     try:
-        judged.require(round_.ranks, {u.client_id: u.adapter for u in round_.updates})
+        if not judged.mixed_ranks:
+            require_one_rank(judged.name, round_.updates)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _plain(method: Method) -> str:
+    """The method's name without its server optimizer."""
+    return method.name.partition(" + ")[0]
 
 
 def judge(method: Method, round_: Federation, download: Budget) -> MethodNoise:
@@ -107,17 +114,16 @@ def judge(method: Method, round_: Federation, download: Budget) -> MethodNoise:
     after = GlobalModel(low_rank(outcome.merge), outcome.start, round_.model.round + 1)
     rule = method.constrain(after.round)
     reached = _cores(after.start, round_.mean, _cores(low_rank(after.merged), round_.mean))
-    reduced, _ = cut(after, download)
+    merged = low_rank(cut(after, download)[0].merged)
     errors, bytes_down = {}, {}
     for update in round_.updates:
-        rank = round_.ranks[update.client_id]
-        part = share(reduced, rule, rank, update.adapter)
-        bytes_down[update.client_id] = _bytes(part.frozen, round_.shapes) + _bytes(part.start, round_.shapes)
-        held = reached
+        held = after.start
         if not rule.carries:
-            kept = {m: delta.first(rank) for m, delta in after.start.items() if m in update.adapter}
-            held = _cores(kept, round_.mean, _cores(low_rank(after.merged), round_.mean))
-        errors[update.client_id] = _norm(_minus(held, round_.mean))
+            ranks = {module: delta.rank for module, delta in update.adapter.items()}
+            held = {m: delta.first(ranks[m]) for m, delta in after.start.items() if m in ranks}
+        bytes_down[update.client_id] = _bytes(merged, round_.shapes) + _bytes(held, round_.shapes)
+        computes = _cores(held, round_.mean, _cores(low_rank(after.merged), round_.mean))
+        errors[update.client_id] = _norm(_minus(computes, round_.mean))
     return _noise(reached, errors, bytes_down, round_)
 
 

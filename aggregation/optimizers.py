@@ -64,10 +64,11 @@ def module_adam(
     def aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
         inner = method.aggregate(updates, weights, model)
         moment, lost = _moment(inner, model, momentum, 1 - momentum, Budget(max_rank))
-        squares = {}
-        for module, delta in change_of(inner, model).items():
+        squares, change = {}, change_of(inner, model)
+        for module, delta in moment.items():
             before = float(model.method_state.get(SQUARE + module, torch.zeros(1)))
-            squares[module] = beta2 * before + (1 - beta2) * norm(delta) ** 2 / math.prod(delta.shape)
+            moved = norm(change[module]) if module in change else 0.0
+            squares[module] = beta2 * before + (1 - beta2) * moved**2 / math.prod(delta.shape)
         rates = {module: learning_rate / (math.sqrt(squares[module]) + tau) for module in squares}
         step = {m: scale_adapter({m: d.double()}, rates[m])[m] for m, d in moment.items()}
         reason = f"FedAdam by module: η = {learning_rate:g}; re-factoring the moment lost {lost:.1e}"

@@ -75,7 +75,7 @@ def advance(
     """The model after the round: merged + merge, re-factored; the start replaced, never added.
 
     Re-factoring drops what is numerically zero, so the rank stays at most min(out, in). A `budget` that cuts more
-    than that makes the round not exact, and the returned certificate says so.
+    than that makes the round not exact: the returned certificate has what was lost added to its error, an upper bound.
     """
     merged, lost = compress_adapter(add_adapters(model.merged, update.merge), budget)
     state = model.method_state if update.method_state is None else update.method_state
@@ -84,7 +84,9 @@ def advance(
     limited = budget.max_rank is not None or budget.max_error > 0
     if limited and lost > 1e-6 * adapter_norm(merged):
         reason = f"merged was cut to rank {budget.max_rank}, error {budget.max_error}: ‖lost‖ = {lost:.2e}"
-        proof = replace(proof, exact=False, error=proof.error + lost, reason=reason)
+        size = proof.error / proof.relative_error if proof.relative_error else adapter_norm(update.merge)
+        error = proof.error + lost
+        proof = replace(proof, exact=False, error=error, relative_error=error / size if size else error, reason=reason)
     return after, proof
 
 

@@ -18,6 +18,7 @@ class Slots:
 
     def __init__(self, clients: Mapping[str, Shapes], ranks: Mapping[str, int]) -> None:
         self._first: dict[tuple[str, str], int] = {}
+        self._last: dict[tuple[str, str], int] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._width: dict[str, int] = {}
         self._room: dict[str, LowRankDelta] = {}
@@ -25,7 +26,11 @@ class Slots:
             for module, shape in clients[client].items():
                 self._first[client, module] = self._width.get(module, 0)
                 self._width[module] = self._first[client, module] + ranks[client]
-                self._shapes[module] = shape
+                self._last[client, module] = self._width[module]
+                if self._shapes.setdefault(module, shape) != shape:
+                    raise ValueError(
+                        f"{module} must have one shape, got {self._shapes[module]} and {shape} of {client}"
+                    )
 
     def put(self, client: str, adapter: AdapterState) -> dict[str, LowRankDelta]:
         """The same adapter, in its client's place.
@@ -38,6 +43,11 @@ class Slots:
                 raise ValueError(f"a slot of {module} needs factors A and B, got {type(delta).__name__}")
             first = self._first[client, module]
             room = self._room_of(module)
+            if delta.shape != room.shape or first + delta.rank > self._last[client, module]:
+                raise ValueError(
+                    f"the slot of {client} in {module} has rank {self._last[client, module] - first} and shape "
+                    f"{room.shape}, got rank {delta.rank} and shape {delta.shape}"
+                )
             a, b = room.A[first : first + delta.rank], room.B[:, first : first + delta.rank]
             a.copy_(delta.A)
             b.copy_(delta.B)

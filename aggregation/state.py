@@ -36,9 +36,9 @@ class ClientUpdate:
 class Certificate:
     """How far one round's outcome is from the exact mean, measured in factors.
 
-    `error` is ‖outcome − M‖_F over all modules; `relative_error` divides it by Σ p_k ‖L_k‖_F plus ‖S‖_F (the sum
-    itself may cancel); `exact` needs both a method that claims it and a relative error of at most 1e-6;
-    `rank` is the largest rank of any module's outcome.
+    `error` is ‖outcome − M‖_F over all modules; `relative_error` divides it by Σ p_k ‖L_k‖_F plus
+    ‖Σ p_k T_k‖_F (the sum itself may cancel); `exact` needs both a method that claims it and a relative error of at
+    most 1e-6; `rank` is the largest rank of any module's outcome.
     """
 
     exact: bool
@@ -89,6 +89,10 @@ class GlobalModel:
             for name, tensor in delta.tensors().items()
         }
         return named | {f"method/{name}": tensor for name, tensor in self.method_state.items()}
+
+    def is_finite(self) -> bool:
+        """Whether every number is finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bytes of all tensors: the version that travels with every message."""

@@ -31,6 +31,9 @@ STYPE = "corolla.factor.v1"
 
 HELLO = "query.hello"
 
+LARGEST = 2**24
+"""No weight matrix has a longer side: what a client says it has is not taken on trust."""
+
 
 def pack_adapter(adapter: AdapterState, names: str = "ABW") -> ArrayRecord:
     """The tensors by `<module>/A` and `<module>/B`, or `<module>/W`; of these, those in `names`."""
@@ -92,10 +95,9 @@ class Hello:
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
-        """Raises ValueError where the record is missing or incomplete."""
+        """Raises ValueError where the record is missing, incomplete, or says something impossible."""
         values = _record(content, "hello", cls)
-        shapes = {str(m): (int(out), int(inn)) for m, (out, inn) in json.loads(values["shapes"]).items()}
-        return cls(**(values | {"shapes": shapes}))
+        return cls(**(values | {"shapes": _shapes(json.loads(values["shapes"]))}))
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,23 @@ class Reply:
 
 
 def unpack_metrics(content: RecordDict) -> dict[str, float]:
-    """The numbers of a reply, none if it has none."""
-    record = content.metric_records.get("metrics")
-    return {name: float(value) for name, value in record.items()} if record else {}  # type: ignore[arg-type]
+    """The numbers of a reply, none if it has none. Raises ValueError for one that is not a finite number."""
+    record: Mapping[str, Any] = content.metric_records.get("metrics") or {}
+    for name, value in record.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"metric {name} must be finite, got {value}")
+    return {name: float(value) for name, value in record.items()}
+
+
+def _shapes(value: Any) -> dict[str, tuple[int, int]]:
+    """Module -> (out, in), each from 1 to LARGEST."""
+    if not isinstance(value, dict):
+        raise ValueError(f"hello.shapes must be modules with (out, in), got {type(value).__name__}")
+    for module, shape in value.items():
+        sound = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
+        if not sound or not all(1 <= n <= LARGEST for n in shape):
+            raise ValueError(f"hello.shapes.{module} must be (out, in) from 1 to {LARGEST}, got {shape!r}")
+    return {str(module): (shape[0], shape[1]) for module, shape in value.items()}
 
 
 def _arrays(content: RecordDict, name: str) -> ArrayRecord:

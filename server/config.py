@@ -117,10 +117,16 @@ class Config(Section):
                 f"adapter.init = 'independent' needs clients that draw their own A, got aggregation.method = "
                 f"{self.aggregation.method!r} with a start common to all: use 'shared', or method 'flora'"
             )
-        if self.aggregation.method == "full" and (self.adapter.init_from or self.aggregation.max_rank):
+        cuts = [name for name in ("max_rank", "download_rank", "server_max_rank") if getattr(self.aggregation, name)]
+        if self.aggregation.method == "full" and (self.adapter.init_from or cuts):
             raise ValueError(
-                "aggregation.method = 'full' moves whole weights, got adapter.init_from or aggregation.max_rank, which "
-                "are for adapters: leave them out"
+                "aggregation.method = 'full' moves whole weights, got adapter.init_from or "
+                f"aggregation.{'/'.join(cuts) or 'max_rank'}, which are for adapters: leave them out"
+            )
+        if self.aggregation.method == "fr-lora" and (found := [name for name in cuts if name != "server_max_rank"]):
+            raise ValueError(
+                f"aggregation.method = 'fr-lora' keeps −S in its merged part, got aggregation.{found[0]}, which would "
+                "cut it: leave it out"
             )
         if self.aggregation.noise and self.aggregation.method == "full":
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")

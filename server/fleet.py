@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
@@ -10,6 +11,8 @@ from flwr.serverapp import Grid
 
 from corolla.client.protocol import HELLO, Hello
 from corolla.server.validation import Rejected, check_hello
+
+T = TypeVar("T", bound=Any)
 
 
 class Fleet:
@@ -20,15 +23,17 @@ class Fleet:
         self.clients: dict[str, Hello] = {}
         self.refused: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
 
     def node(self, client_id: str) -> int:
         """The node id of a client."""
         return self._nodes[client_id]
 
-    def refresh(self, grid: Grid, wanted: int) -> None:
+    def refresh(self, grid: Grid, wanted: int, fits: Callable[[Hello], None] = lambda hello: None) -> None:
         """Waits (until the deadline) for `wanted` nodes, and asks those not known yet who they are.
 
-        A node that is gone is forgotten; one that cannot take part is in `refused` with its reason.
+        `fits` raises Rejected for a client that the run cannot take in. A node that is gone is forgotten; one that
+        cannot take part is in `refused` with its reason.
         """
         nodes = set(self._wait(grid, wanted))
         self._nodes = {client: node for client, node in self._nodes.items() if node in nodes}
@@ -43,7 +48,7 @@ class Fleet:
             for node in unknown
         ]
         if asked:
-            self._admit(grid.send_and_receive(asked, timeout=self.deadline))
+            self._admit(grid.send_and_receive(asked, timeout=self.deadline), fits)
         self.clients = {client: self.clients[client] for client in sorted(self._nodes)}
 
     def _wait(self, grid: Grid, wanted: int) -> list[int]:
@@ -53,7 +58,7 @@ class Fleet:
             time.sleep(1)
         return nodes
 
-    def _admit(self, replies: Iterable[Message]) -> None:
+    def _admit(self, replies: Iterable[Message], fits: Callable[[Hello], None]) -> None:
         hellos: list[tuple[int, Hello]] = []
         for reply in replies:
             node = reply.metadata.group_id.removeprefix("hello:")
@@ -65,22 +70,34 @@ class Fleet:
                 hellos.append((int(node), Hello.unpack(reply.content)))
             except ValueError as error:
                 self._refuse(f"node {node}", str(error))
-        self.base_hash = self.base_hash or _most_common(hello.base_hash for _, hello in hellos)
+        self.base_hash = self.base_hash or _most_common((hello.base_hash for _, hello in hellos), "")
+        known = _common_shapes(hello for _, hello in hellos if hello.base_hash == self.base_hash) | self._shapes
         for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id, pair[0])):
             try:
-                check_hello(hello, self.base_hash)
+                check_hello(hello, self.base_hash, known)
+                fits(hello)
                 if hello.client_id in self._nodes:
                     raise Rejected("a client's name must be its own, got one that another node has already")
             except Rejected as error:
                 self._refuse(hello.client_id, str(error))
                 continue
             self._nodes[hello.client_id], self.clients[hello.client_id] = node_id, hello
+            self._shapes |= hello.shapes
 
     def _refuse(self, who: str, reason: str) -> None:
         log(30, "%s is refused: %s", who, reason)
         self.refused[who] = reason
 
 
-def _most_common(hashes: Iterable[str]) -> str:
-    counted = Counter(hashes)
-    return min(counted, key=lambda value: (-counted[value], value)) if counted else ""
+def _common_shapes(hellos: Iterable[Hello]) -> dict[str, tuple[int, int]]:
+    """Each module's shape as most clients have it: one client that is wrong must not speak for all."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for hello in hellos:
+        for module, shape in hello.shapes.items():
+            found.setdefault(module, []).append(shape)
+    return {module: _most_common(shapes, shapes[0]) for module, shapes in found.items()}
+
+
+def _most_common(values: Iterable[T], default: T) -> T:
+    counted = Counter(values)
+    return min(counted, key=lambda value: (-counted[value], value)) if counted else default

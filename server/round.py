@@ -44,10 +44,11 @@ class OpenRound:
         quarantined: dict[str, str] = {}
         for message in replies:
             client = message.metadata.group_id.partition(":")[2]
+            if client in accepted:
+                log(30, "round %d: a second reply of %s is left out: the first one counts", self.number, client)
+                continue
             try:
                 reply = self._accept(message, client)
-                if client in accepted:
-                    raise Rejected("a client may reply once a round, got a second reply")
                 accepted[client] = self._in_place(client, reply)
                 self.clients[client] = {
                     **reply.metrics,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -19,6 +20,7 @@ from corolla.aggregation import (
     Budget,
     ClientRule,
     ClientShare,
+    ClientUpdate,
     GlobalModel,
     Method,
     NoiseOf,
@@ -36,11 +38,12 @@ from corolla.aggregation import (
     share,
     whole,
 )
-from corolla.client.protocol import Order, Task, pack_adapter, share_digest, unpack_metrics
+from corolla.client.protocol import Hello, Order, Task, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
 from corolla.server.round import OpenRound
 from corolla.server.stream import Stream
+from corolla.server.validation import Rejected
 
 
 @dataclass(frozen=True)
@@ -170,17 +173,31 @@ class FederatedLoRA(Strategy):
 
     def _meet(self, grid: Grid, wanted: int) -> None:
         """Asks new nodes who they are, checks that the method can serve them, and makes the first model."""
-        self.fleet.refresh(grid, wanted)
+        self.fleet.refresh(grid, wanted, self._admit)
         hellos = self.fleet.clients
         if not hellos:
             reasons = "; ".join(f"{who}: {why}" for who, why in self.fleet.refused.items()) or "no node is there"
             raise RuntimeError(f"a run needs at least one client, got none ({reasons})")
         self.method.require(self._ranks(), {client: hello.shapes for client, hello in hellos.items()})
+        if self.model and self.model.base_hash not in ("", self.fleet.base_hash):
+            raise ValueError(
+                f"the run was made on the base {self.model.base_hash}, got clients with {self.fleet.base_hash}: "
+                "use the same checkpoint"
+            )
         if self.model is None:
             shapes = {m: s for client in sorted(hellos) for m, s in hellos[client].shapes.items()}
             model = self.method.initial(shapes, max(self._ranks().values()), self.seed, self.principal)
             merged = add_adapters(model.merged, self._first_merged or {})
             self.model = GlobalModel(merged, model.start, 0, self.fleet.base_hash, model.method_state)
+
+    def _admit(self, hello: Hello) -> None:
+        """Raises Rejected for a client that cannot join the federation as it is by now."""
+        if self.model is None:
+            return
+        try:
+            self.method.admit(self.model.rank_of(hello.client_id, hello.rank), hello.shapes, self.model)
+        except ValueError as error:
+            raise Rejected(str(error)) from error
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -215,8 +232,8 @@ class FederatedLoRA(Strategy):
             share=share_digest(part.frozen, part.start),
             base_hash=self.fleet.base_hash,
             settings=self.fleet.settings,
-            penalty=rule.penalty,
-            keep=rule.keep,
+            penalty=float(rule.penalty),
+            keep=float(rule.keep),
         )
 
     def _message(self, task: Task, client: str, kind: str) -> Message:
@@ -238,24 +255,16 @@ class FederatedLoRA(Strategy):
         facts: dict[str, Any] = {"download_error": self._cut_error}
         noise: Mapping[str, Any] = {}
         successful = len(updates) >= self.min_replies
-        if successful:
-            weights = client_weights(updates, self.weights)
-            for client, weight in weights.items():
-                self._round.clients[client]["weight"] = weight
-            before = self._model()
-            outcome = self.method.aggregate(updates, weights, before)
-            noise = self.noise(updates, weights, before) if self.noise else {}
-            self.model, proof = advance(before, outcome, self.budget)
-            change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
-            facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": self.model.digest()}
-            facts |= {
-                f"{part}_rank": max(ranks(getattr(self.model, part)).values(), default=0)
-                for part in ("merged", "start")
-            }
-        else:
+        if not successful:
             log(
                 30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies
             )
+        else:
+            try:
+                noise = self._take_in(updates, facts)
+            except ArithmeticError as error:
+                successful = False
+                log(30, "round %d failed, and the model stays as it was: %s", self.rounds_done, error)
         record = RoundRecord(
             self.rounds_done,
             successful,
@@ -271,6 +280,30 @@ class FederatedLoRA(Strategy):
             return None, None
         loss = weighted_mean(record.clients, "train_loss", "num_examples")
         return pack_adapter(whole(self._model())), MetricRecord({"train_loss": loss} if loss is not None else {})
+
+    def _take_in(self, updates: list[ClientUpdate], facts: dict[str, Any]) -> Mapping[str, Any]:
+        """Makes the round's outcome the model, puts its facts into `facts`, and returns its noise.
+
+        Raises ArithmeticError where the weights sum to nothing or the outcome is not finite.
+        """
+        before = self._model()
+        try:
+            weights = client_weights(updates, self.weights)
+            outcome = self.method.aggregate(updates, weights, before)
+            after, proof = advance(before, outcome, self.budget)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise ArithmeticError(str(error)) from error
+        if not (after.is_finite() and math.isfinite(proof.error)):
+            raise ArithmeticError("the outcome of sound replies must be finite, got NaN or infinity")
+        noise = self.noise(updates, weights, before) if self.noise else {}
+        self.model = after
+        for client, weight in weights.items():
+            self._round.clients[client]["weight"] = weight
+        change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
+        facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": after.digest()}
+        parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
+        facts |= {f"{name}_rank": max(ranks(part).values(), default=0) for name, part in parts.items()}
+        return noise
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -294,11 +327,11 @@ class FederatedLoRA(Strategy):
         failed: dict[str, str] = {}
         for message in replies:
             client = message.metadata.group_id.partition(":")[2]
-            if message.has_error():
-                failed[client or "unknown"] = f"the client failed: {message.error.reason or message.error.code}"
-            else:
-                found[client] = unpack_metrics(message.content)
-        for client in self._evaluators - found.keys() - failed.keys():
+            try:
+                found[client] = self._evaluation_of(message, client)
+            except ValueError as error:
+                failed[client or "unknown"] = str(error)
+        for client in sorted(self._evaluators - found.keys() - failed.keys()):
             failed[client] = f"no reply within {self.deadline:g} s"
         self._evaluators = set()
         if not found and not failed:
@@ -308,3 +341,14 @@ class FederatedLoRA(Strategy):
         self.on_evaluation(self.rounds_done, dict(sorted(found.items())), dict(sorted(failed.items())))
         names = ("held_out_loss", "exact_match")
         return MetricRecord({n: v for n in names if (v := weighted_mean(found, n, "examples")) is not None})
+
+    def _evaluation_of(self, message: Message, client: str) -> dict[str, float]:
+        """A client's numbers. Raises ValueError where it failed, was not asked, or sent what are no numbers."""
+        if client not in self._evaluators:
+            raise Rejected(f"an evaluation must have been asked for, got {message.metadata.group_id!r}")
+        if message.has_error():
+            raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
+        metrics = unpack_metrics(message.content)
+        if metrics.get("examples", 1.0) <= 0:
+            raise Rejected(f"an evaluation needs examples, got {metrics['examples']:g}")
+        return metrics

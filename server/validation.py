@@ -1,11 +1,18 @@
 """What a reply must be before it may touch the global model. What it is not puts it in quarantine, with the reason."""
 
 import math
+import re
 
 import torch
 
-from corolla.aggregation import DenseDelta
+from corolla.aggregation import Delta, DenseDelta, Shapes
 from corolla.client.protocol import Hello, Order, Reply
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+"""Names become parts of file names and of reports."""
+
+LARGEST_CHANGE = 1e12
+"""No training makes a larger one, and the square of it still fits into float32."""
 
 
 class Rejected(ValueError):
@@ -15,8 +22,9 @@ class Rejected(ValueError):
 def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
     """Raises Rejected unless `reply` answers `order`, comes from the client of `hello`, and is a sound adapter.
 
-    Checked: the client, the round, the version of the global model, the base, the sample counts, exactly the
-    client's modules, their shapes, the rank that was asked for, and that every number is finite.
+    Checked: the client, the round, the version of the global model, the base, what was trained, that there are
+    examples, exactly the client's modules, their shapes, the rank that was asked for, and that every number is finite
+    and of a size that training makes.
     """
     for what, wanted, got in (
         ("client", hello.client_id, reply.client_id),
@@ -45,13 +53,20 @@ def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
             )
         if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
             raise Rejected(f"{module} must be finite, got NaN or infinity")
-    for name, value in reply.metrics.items():
-        if not math.isfinite(value):
-            raise Rejected(f"metric {name} must be finite, got {value}")
+        if not (size := _size(delta)) <= LARGEST_CHANGE:
+            raise Rejected(f"{module} must change by at most {LARGEST_CHANGE:g}, got factors of size {size:.1e}")
 
 
-def check_hello(hello: Hello, base_hash: str) -> None:
-    """Raises Rejected for a node with another base, without data, or without modules."""
+def _size(delta: Delta) -> float:
+    """A bound of ‖ΔW‖_F: the product of the norms of its tensors."""
+    return math.prod(float(tensor.double().norm()) for tensor in delta.tensors().values())
+
+
+def check_hello(hello: Hello, base_hash: str, shapes: Shapes) -> None:
+    """Raises Rejected for a node with another base, without data, modules or a usable name, or whose modules have
+    other shapes than `shapes` knows."""
+    if not NAME.fullmatch(hello.client_id):
+        raise Rejected(f"a client's name must be letters, digits, '.', '_' or '-', got {hello.client_id!r}")
     if hello.base_hash != base_hash:
         raise Rejected(f"base hash must be {base_hash}, got {hello.base_hash}: use the same checkpoint as the server")
     if hello.num_examples < 1:
@@ -60,3 +75,9 @@ def check_hello(hello: Hello, base_hash: str) -> None:
         raise Rejected(
             f"a client needs a rank and modules to adapt, got rank {hello.rank} and {len(hello.shapes)} modules"
         )
+    widest = max(max(shape) for shape in hello.shapes.values())
+    if hello.rank > widest:
+        raise Rejected(f"rank must be at most {widest}, the longest side of the client's modules, got {hello.rank}")
+    for module, shape in hello.shapes.items():
+        if shape != shapes.get(module, shape):
+            raise Rejected(f"{module} must have shape {shapes[module]}, as other clients have it, got {shape}")

@@ -1,6 +1,7 @@
 """Adapters that somebody trained already: what merging them loses, by every method, and the merge itself."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_adapters(folders: Sequence[Path], weights: Sequence[float] = (), any_ba
     """
     if not folders:
         raise ValueError("at least one adapter folder is needed, got none")
-    if weights and (len(weights) != len(folders) or min(weights) <= 0):
+    if weights and (len(weights) != len(folders) or not all(0 < weight < math.inf for weight in weights)):
         raise ValueError(f"weights must be one positive number for each of {len(folders)} adapters, got {[*weights]}")
     found = {label: read_peft_folder(path) for label, path in zip(label_paths(folders), folders, strict=True)}
     facts = [read_peft_facts(path) for path in folders]
@@ -58,8 +59,9 @@ def read_adapters(folders: Sequence[Path], weights: Sequence[float] = (), any_ba
         raise ValueError(
             f"adapters of one base are needed, got {', '.join(bases)}: if these are the same one, add --any-base"
         )
-    if len({fact.fan_in_fan_out for fact in facts}) > 1:
-        raise ValueError("adapters must agree on fan_in_fan_out, got both: they are not of one base")
+    if len({(fact.fan_in_fan_out, fact.task_type) for fact in facts}) > 1:
+        found_types = sorted({f"{fact.task_type}, fan_in_fan_out = {fact.fan_in_fan_out}" for fact in facts})
+        raise ValueError(f"adapters of one base and task are needed, got {'; '.join(found_types)}")
     _require_one_shape(found)
     given = dict(zip(found, weights or [1.0] * len(folders), strict=True))
     total = sum(given.values())

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from corolla.aggregation.algebra import add_adapters
-from corolla.aggregation.delta import low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.lowrank import add, compress, scale
 from corolla.aggregation.method import Method
 from corolla.aggregation.positions import sum_positions
@@ -18,8 +17,8 @@ CLAIM = "what the mean factors miss of the mean is merged"
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
     sums = sum_positions(updates, weights, model.start)
     start = {module: found.of_changes(BOTH).single() for module, found in sums.items()}
-    mean = low_rank(exact_mean(updates, weights, model.start))
-    merge = {module: compress(add([mean[module], scale(start[module].double(), -1.0)]))[0] for module in mean}
+    means = low_rank_means(updates, weights, model.start)
+    merge = {module: compress(add([mean, scale(start[module].double(), -1.0)]))[0] for module, mean in means}
     proof = certify(add_adapters(merge, start), updates, weights, model.start, claim=CLAIM)
     return GlobalUpdate(merge, start, proof)
 

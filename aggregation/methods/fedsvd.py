@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from corolla.aggregation.delta import low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.lowrank import split
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import shared_start
@@ -13,8 +12,8 @@ CLAIM = "A is common to all in the round, so the mean has no more rank than A, a
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    mean = low_rank(exact_mean(updates, weights, model.start))
-    start = {module: split(delta, model.start[module].rank)[0] for module, delta in mean.items()}
+    means = low_rank_means(updates, weights, model.start)
+    start = {module: split(mean, model.start[module].rank)[0] for module, mean in means}
     return GlobalUpdate({}, start, certify(start, updates, weights, model.start, claim=CLAIM))
 
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from corolla.aggregation.delta import low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.lowrank import compress
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import empty_start
@@ -14,9 +13,8 @@ REASON = "what a client's rank cut off at the start of the round, Σ p_k T_k, is
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    mean = low_rank(exact_mean(updates, weights, {}))
-    start = {module: compress(delta)[0] for module, delta in mean.items()}
-    start |= {module: delta for module, delta in model.start.items() if module not in mean}
+    start = {module: compress(mean)[0] for module, mean in low_rank_means(updates, weights, {})}
+    start = {**model.start, **start}  # a module that nobody adapted stays
     return GlobalUpdate({}, start, certify(start, updates, weights, model.start, CLAIM, REASON))
 
 

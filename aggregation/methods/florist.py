@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from corolla.aggregation.delta import low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.lowrank import Budget, add, compress, scale
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import empty_start
@@ -22,7 +21,7 @@ def florist(energy: float = 0.99) -> Method:
 
     def aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
         merge = {}
-        for module, mean in low_rank(exact_mean(updates, weights, model.start)).items():
+        for module, mean in low_rank_means(updates, weights, model.start):
             start = [model.start[module].double()] if module in model.start else []
             change = add([mean, *(scale(part, -1.0) for part in start)])  # its clients have no start; others' may
             kept, _ = compress(change, budget)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, exact_means
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import empty_start
 from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate
@@ -11,7 +11,7 @@ CLAIM = "weights average as they are"
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    merge = {module: delta.single() for module, delta in exact_mean(updates, weights, {}).items()}
+    merge = {module: delta.single() for module, delta in exact_means(updates, weights, {})}
     return GlobalUpdate(merge, {}, certify(merge, updates, weights, {}, claim=CLAIM))
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from corolla.aggregation.delta import LowRankDelta, low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.delta import LowRankDelta
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.method import Method, require_one_rank
 from corolla.aggregation.positions import sum_positions
 from corolla.aggregation.start import shared_start
@@ -34,9 +34,9 @@ def lora_fair(penalty: float = 0.01) -> Method:
 
     def aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
         require_one_rank("lora-fair", updates)
-        mean = low_rank(exact_mean(updates, weights, model.start))
         sums = sum_positions(updates, weights, model.start)
-        start = {m: correct(found.zero_padded(), mean[m], penalty).single() for m, found in sums.items()}
+        means = low_rank_means(updates, weights, model.start)
+        start = {module: correct(sums[module].zero_padded(), mean, penalty).single() for module, mean in means}
         proof = certify(start, updates, weights, model.start, reason="what lies outside the rows of the mean A is lost")
         return GlobalUpdate({}, start, proof)
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from corolla.aggregation.algebra import add_adapters, without_empty
-from corolla.aggregation.delta import low_rank
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, low_rank_means
 from corolla.aggregation.lowrank import split
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import shared_start
@@ -12,8 +11,8 @@ from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, Glo
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    mean = low_rank(exact_mean(updates, weights, model.start))
-    parts = {module: split(delta, model.start[module].rank) for module, delta in mean.items()}
+    means = low_rank_means(updates, weights, model.start)
+    parts = {module: split(mean, model.start[module].rank) for module, mean in means}
     start = {module: top for module, (top, _) in parts.items()}
     merge = without_empty({module: rest for module, (_, rest) in parts.items()})
     proof = certify(add_adapters(merge, start), updates, weights, model.start, claim="the mean, split by its SVD")

@@ -5,7 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corolla.aggregation import Budget, LowRankDelta, add, compress, norm, scale, singular_values, zeros
+from corolla.aggregation import (
+    Budget,
+    DenseDelta,
+    LowRankDelta,
+    add,
+    add_adapters,
+    compress,
+    distance,
+    norm,
+    scale,
+    singular_values,
+    zeros,
+)
 from tests.aggregation.federations import random_delta
 
 sizes = st.integers(1, 30)
@@ -69,3 +81,21 @@ def test_signs_do_not_depend_on_the_factors_given():
     delta = random_delta(8, 6, 3, seed=5)
     mixed = LowRankDelta(-delta.A, -delta.B)
     assert torch.allclose(compress(delta)[0].A, compress(mixed)[0].A, atol=1e-5)
+
+
+def test_a_dense_change_and_a_low_rank_one_can_be_compared_but_not_added():
+    low, whole = random_delta(6, 4, 2, 1), DenseDelta(random_delta(6, 4, 4, 2).dense())
+    expected = (low.double().dense() - whole.W.double()).norm().item()
+    assert distance({"q": low}, {"q": whole}) == pytest.approx(expected)
+    assert distance({"q": whole}, {"q": low}) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="of one kind, got DenseDelta, LowRankDelta"):
+        add_adapters({"q": low}, {"q": whole})
+
+
+def test_a_sum_of_dense_changes_is_the_sum():
+    parts = [DenseDelta(random_delta(6, 4, 4, seed).dense()) for seed in range(3)]
+    total = add_adapters(*({"q": part} for part in parts))["q"]
+    assert torch.allclose(total.dense(), sum(part.W for part in parts), atol=1e-6)
+    assert compress(total, Budget())[1] == 0.0
+    with pytest.raises(ValueError, match="no factors to cut, got max_rank = 2"):
+        compress(total, Budget(max_rank=2))

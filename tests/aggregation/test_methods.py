@@ -188,6 +188,21 @@ def test_fedit_names_the_client_of_another_rank():
     build_method("flora").require({"a": 4, "b": 8}, {"a": ["q"], "b": ["v"]})
 
 
+def test_hetlora_gives_up_a_tail_that_shrank_and_the_tail_is_gone():
+    """Both clients shrink components 2 and 3: their rank becomes 2, and the global model loses the tail with them."""
+    start = {"q": random_delta(*SHAPES["q"], 4, 1)}
+    shrunk = LowRankDelta(start["q"].A, start["q"].B * torch.tensor([1.0, 1.0, 0.01, 0.01]))
+    updates = [ClientUpdate(name, 1, {"q": shrunk}) for name in ("a", "b")]
+    outcome = build_method("hetlora", keep=0.5).aggregate(updates, {"a": 0.5, "b": 0.5}, GlobalModel(start=start))
+    assert {k: int(v) for k, v in outcome.method_state.items()} == {"rank/a": 2, "rank/b": 2}
+    assert torch.allclose(outcome.start["q"].dense(), start["q"].first(2).dense(), atol=1e-6)
+    kept = build_method("hetlora", keep=0.5).aggregate(
+        [ClientUpdate("a", 1, start)], {"a": 1.0}, GlobalModel(start=start)
+    )
+    assert kept.method_state == {}
+    assert torch.allclose(kept.start["q"].dense(), start["q"].dense(), atol=1e-6)
+
+
 def test_fedit_noise_is_the_cross_covariance_of_the_factors():
     adapters = [{"q": random_delta(*SHAPES["q"], 3, seed)} for seed in (1, 2, 3)]
     updates = [ClientUpdate(f"c{k}", k + 1, adapter) for k, adapter in enumerate(adapters)]

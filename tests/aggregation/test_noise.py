@@ -16,6 +16,7 @@ from corolla.aggregation import (
     build_method,
     client_weights,
     measure_noise,
+    with_optimizer,
 )
 from tests.aggregation import references
 from tests.aggregation.federations import SHAPES, dense, play, random_delta, ranks_for
@@ -174,3 +175,20 @@ def test_a_download_is_counted_by_rank_and_shape():
     assert noise["flora"]["bytes_down"] == {"c0": whole, "c1": whole}
     assert noise["flora"]["client_error"] < 1e-6
     assert noise["flexlora"]["relative_error"] < 1e-6 < noise["flexlora"]["client_error"]
+
+
+def test_a_client_whose_modules_have_different_ranks_is_counted_module_by_module():
+    patterned = {"q": random_delta(*SHAPES["q"], 2, 1), "v": random_delta(*SHAPES["v"], 4, 2)}
+    plain = {m: random_delta(*SHAPES[m], 4, 3) for m in SHAPES}
+    updates = [ClientUpdate("a", 1, patterned), ClientUpdate("b", 1, plain)]
+    noise = measure_noise(updates, client_weights(updates), GlobalModel(), build_method("flora"))["methods"]
+    assert "rank 2 from a and 4 from b for q" in noise["fedit"]["not_applicable"]
+    assert noise["flexlora"]["bytes_down"]["a"] == 4 * (2 * (12 + 9) + 4 * (5 + 9))
+
+
+def test_a_server_optimizer_does_not_hide_the_method_that_made_the_replies():
+    method = with_optimizer(build_method("fedex"), "fedavgm")
+    found = list(play(method, (4, 2), [("q", "v")] * 2, (1, 1), 2, 0.3))[-1]
+    noise = measure_noise(found.updates, found.weights, found.before, method)
+    assert noise["method"] == "fedex + fedavgm"
+    assert noise["methods"]["fedex"]["relative_error"] < 1e-5

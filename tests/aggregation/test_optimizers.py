@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from corolla.aggregation import AGGREGATORS, build_method, whole
+from corolla.aggregation import AGGREGATORS, ClientUpdate, GlobalModel, advance, build_method, whole
 from corolla.aggregation.optimizers import with_optimizer
 from tests.aggregation import references
-from tests.aggregation.federations import SHAPES, dense, difference, modules_for, play, ranks_for
+from tests.aggregation.federations import SHAPES, dense, difference, modules_for, play, random_delta, ranks_for
 
 SETS = [("q", "v"), ("q",), ("q", "v")]
 
@@ -63,6 +63,16 @@ def test_a_truncated_velocity_is_reported():
     assert max(t.shape[0] for k, t in last.after.method_state.items() if k.endswith("/A")) == 2
     assert "lost 0" not in last.outcome.certificate.reason
     assert not last.outcome.certificate.exact
+
+
+def test_a_module_that_rests_for_a_round_keeps_its_memory():
+    method = with_optimizer(build_method("flora"), "module-adam", learning_rate=0.1)
+    model = GlobalModel()
+    for module in ("q", "v", "q"):
+        update = ClientUpdate("a", 1, {module: random_delta(*SHAPES[module], 2, 1)})
+        model, _ = advance(model, method.aggregate([update], {"a": 1.0}, model))
+        assert f"square/{module}" in model.method_state
+    assert {key for key in model.method_state if key.startswith("square/")} == {"square/q", "square/v"}
 
 
 def test_what_makes_no_sense_is_refused():

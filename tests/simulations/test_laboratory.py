@@ -143,6 +143,7 @@ def test_noise_names_every_method_and_equals_the_merge(trained, tmp_path):
         (("noise", "small", "small"), "must be different folders"),
         (("noise", "small", "none"), "adapter_config.json"),
         (("noise", "small", "rslora", "--weights", "1"), "one positive number for each of 2"),
+        (("noise", "small", "rslora", "--weights", "1,nan"), "one positive number for each of 2"),
         (("noise", "small", "--weights", "a"), "numbers such as 3,1,1, got 'a'"),
         (("merge", "small", "--method", "ffa", "--out", "new"), "cannot merge adapters of other clients"),
         (("merge", "small", "rslora", "--method", "fedit", "--out", "new"), "one rank"),
@@ -155,6 +156,19 @@ def test_what_cannot_be_merged_is_refused_by_name(arguments, reason, trained):
     found = corolla(*places)
     assert found.exit_code == 1
     assert reason in " ".join(found.output.split())
+
+
+def test_adapters_of_two_tasks_are_refused(trained, tmp_path):
+    """Their module names differ by what PEFT wraps: a merge would hold names that no model has."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (trained / "small").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"task_type": "FEATURE_EXTRACTION"}))
+    found = corolla("noise", trained / "small", other)
+    assert found.exit_code == 1
+    assert "of one base and task are needed" in found.output
 
 
 def test_adapters_of_two_bases_are_refused(trained, tmp_path):

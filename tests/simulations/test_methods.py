@@ -91,6 +91,8 @@ def test_a_server_optimizer_resumes_with_its_memory(optimizer, tiny_folder, tmp_
         ({"aggregation": {"method": "flora", "energy": 0.9}}, "flora has no options, got energy"),
         ({"aggregation": {"method": "warm", "server_optimizer": "fedadam"}}, "got warm: use ffa"),
         ({"aggregation": {"method": "full", "max_rank": 4}}, "for adapters: leave them out"),
+        ({"aggregation": {"method": "full", "download_rank": 4}}, "aggregation.download_rank, which are for adapters"),
+        ({"aggregation": {"method": "fr-lora", "download_rank": 4}, "clients": {"ranks": 4}}, "keeps −S in its merged"),
         ({"aggregation": {"method": "flora", "server_momentum": 0.5}}, "set aggregation.server_optimizer"),
     ],
 )
