@@ -84,9 +84,10 @@ def _require_one_shape(adapters: dict[str, LowRankState] | dict[str, Any]) -> No
 def noise_of(adapters: Adapters) -> dict[str, Any]:
     """What every method would make of these adapters: `measure_noise` as if they were a first round's replies.
 
-    Whether they began from one A is not known from their folders, so `init` is "unknown".
+    Whether they began from one A is not known from their folders, so `init` is "unknown", and `method` is empty.
     """
-    return measure_noise(adapters.updates, adapters.weights, GlobalModel(), build_method("flora"), init="unknown")
+    found = measure_noise(adapters.updates, adapters.weights, GlobalModel(), build_method("flora"), init="unknown")
+    return found | {"method": ""}
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_noise_names_every_method_and_equals_the_merge(trained, tmp_path):
     found = corolla("noise", *(trained / n for n in ADAPTERS), "--json", target, "--html", tmp_path / "noise.html")
     assert found.exit_code == 0, found.output
     noise = json.loads(target.read_text())
-    assert noise["init"] == "unknown"
+    assert (noise["init"], noise["method"]) == ("unknown", "")
     assert noise["share"].keys() == set(ADAPTERS)
     assert "averages clients of one rank" in noise["methods"]["fedit"]["not_applicable"]
     for method in ("zero-padding", "rbla", "florist"):
