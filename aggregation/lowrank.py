@@ -62,30 +62,31 @@ def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
 def weighted_stack(parts: Sequence[tuple[LowRankDelta, float]]) -> LowRankDelta:
     """Σ w_i ΔW_i by concatenation in the dtype of the first: `[w_1 B_1 …] @ [A_1; …]`, weights rounded to it first.
 
-    Every factor is written straight into its place, so it costs no more than a copy of the bytes; where the rows of A
-    lie side by side already (`Slots`), they are not copied at all.
+    About two copies of the bytes; where the factors lie side by side already (`Slots`), half a copy.
     """
     require_one_shape([delta for delta, _ in parts])
-    rank, first = sum(delta.rank for delta, _ in parts), parts[0][0]
-    b = first.B.new_empty(first.shape[0], rank)
-    at = 0
-    for delta, weight in parts:
-        torch.mul(delta.B, weight, out=b[:, at : at + delta.rank])
-        at += delta.rank
-    return LowRankDelta(_rows_together([delta.A for delta, _ in parts]), b)
+    counts = torch.tensor([delta.rank for delta, _ in parts])
+    weights = torch.tensor([weight for _, weight in parts], dtype=parts[0][0].B.dtype).repeat_interleave(counts)
+    b = _side_by_side([delta.B for delta, _ in parts], 1)
+    a = _side_by_side([delta.A for delta, _ in parts], 0)
+    b = torch.cat([delta.B for delta, _ in parts], dim=1).mul_(weights) if b is None else b * weights
+    return LowRankDelta(torch.cat([delta.A for delta, _ in parts]) if a is None else a, b)
 
 
-def _rows_together(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts, one below the other: a view where they lie so already, else a copy."""
-    parts = [part for part in parts if part.shape[0]] or parts[:1]
-    first, row = parts[0], parts[0].shape[1] * parts[0].element_size()
-    place = first.data_ptr()
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The concatenation along `dim` as a view, where the parts lie in one storage in just that order; else None."""
+    parts = [part for part in parts if part.shape[dim]] or parts[:1]
+    first = parts[0]
+    place, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
-        if not (same and part.is_contiguous() and part.data_ptr() == place):
-            return torch.cat(list(parts))
-        place += part.shape[0] * row
-    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
+        same = part.untyped_storage().data_ptr() == storage and part.stride() == first.stride()
+        if not same or part.data_ptr() != place or part.dtype != first.dtype:
+            return None
+        place += part.shape[dim] * part.stride(dim) * part.element_size()
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    fits = shape[1] <= first.stride(0)  # rows must not run into one another
+    return first.as_strided(shape, first.stride()) if fits and first.stride(1) == 1 else None
 
 
 def distance(one: LowRankDelta, other: LowRankDelta) -> float:

@@ -12,6 +12,7 @@ from benchmarks.aggregation import (
     certified_over_qr,
     dense_svd_over_compress,
     noise_over_qr,
+    slots_over_copy,
     stack_memory,
     stack_over_copy,
     streamed_memory,
@@ -27,6 +28,7 @@ def main() -> None:
     table = Table("what", "first", "second", "ratio", title=f"{platform.machine()}, {torch.get_num_threads()} threads")
     benchmarks = (
         stack_over_copy,
+        slots_over_copy,
         stack_memory,
         streamed_memory,
         certified_over_qr,

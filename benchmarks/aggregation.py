@@ -66,8 +66,23 @@ def stack_over_copy() -> Ratio:
     what = f"stack, {MODULES} modules of {SIZE}², ranks {'+'.join(map(str, RANKS))} / copy of the same bytes, s"
     return (
         what,
-        best_of(3, lambda: stack(updates, weights)),
-        best_of(3, lambda: [factor.clone() for factor in factors(updates)]),
+        best_of(8, lambda: stack(updates, weights)),
+        best_of(8, lambda: [factor.clone() for factor in factors(updates)]),
+    )
+
+
+def slots_over_copy() -> Ratio:
+    """Stacking the same round where every reply is in its slot, as the server has it, against the same copy."""
+    updates = llama_round()
+    weights = client_weights(updates)
+    shapes = {u.client_id: {m: d.shape for m, d in u.adapter.items()} for u in updates}
+    slots = Slots(shapes, dict(zip(shapes, RANKS, strict=True)))
+    placed = [ClientUpdate(u.client_id, u.num_examples, slots.put(u.client_id, u.adapter)) for u in updates]
+    what = "stack of replies that are in their slots / copy of the same bytes, s"
+    return (
+        what,
+        best_of(8, lambda: stack(placed, weights)),
+        best_of(8, lambda: [factor.clone() for factor in factors(updates)]),
     )
 
 
