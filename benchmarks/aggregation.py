@@ -13,14 +13,14 @@ from corolla.aggregation import (
     GlobalModel,
     LowRankDelta,
     Slots,
-    add,
     build_method,
     client_weights,
     compress,
+    low_rank,
     measure_noise,
     stack,
 )
-from corolla.aggregation.lowrank import triangular
+from corolla.aggregation.lowrank import add, triangular
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 """FLoRA's ten clients."""
@@ -59,6 +59,13 @@ def factors(updates: tuple[ClientUpdate, ...]) -> Iterator[torch.Tensor]:
     return (tensor for u in updates for delta in u.adapter.values() for tensor in delta.tensors().values())
 
 
+def in_slots(updates: tuple[ClientUpdate, ...]) -> list[ClientUpdate]:
+    """The replies in the places that a server has for them."""
+    shapes = {u.client_id: {m: d.shape for m, d in u.adapter.items()} for u in updates}
+    slots = Slots(shapes, dict(zip(shapes, RANKS, strict=True)))
+    return [ClientUpdate(u.client_id, u.num_examples, slots.put(u.client_id, u.adapter)) for u in updates]
+
+
 def stack_over_copy() -> Ratio:
     """Stacking Llama-7B's round against a plain copy of its bytes."""
     updates = llama_round()
@@ -75,9 +82,7 @@ def slots_over_copy() -> Ratio:
     """Stacking the same round where every reply is in its slot, as the server has it, against the same copy."""
     updates = llama_round()
     weights = client_weights(updates)
-    shapes = {u.client_id: {m: d.shape for m, d in u.adapter.items()} for u in updates}
-    slots = Slots(shapes, dict(zip(shapes, RANKS, strict=True)))
-    placed = [ClientUpdate(u.client_id, u.num_examples, slots.put(u.client_id, u.adapter)) for u in updates]
+    placed = in_slots(updates)
     what = "stack of replies that are in their slots / copy of the same bytes, s"
     return (
         what,
@@ -99,16 +104,8 @@ def streamed_memory() -> Ratio:
     updates = llama_round()
     weights = client_weights(updates)
     size = sum(factor.nbytes for factor in factors(updates))
-    shapes = {u.client_id: {m: d.shape for m, d in u.adapter.items()} for u in updates}
-    ranks = dict(zip(shapes, RANKS, strict=True))
-
-    def one_round() -> object:
-        slots = Slots(shapes, ranks)
-        placed = [ClientUpdate(u.client_id, u.num_examples, slots.put(u.client_id, u.adapter)) for u in updates]
-        return stack(placed, weights)
-
     what = "replies put in their slots one by one, and stacked: peak memory / the replies' bytes, MiB"
-    return what, peak_bytes(one_round), size
+    return what, peak_bytes(lambda: stack(in_slots(updates), weights)), size
 
 
 def certified_over_qr() -> Ratio:
@@ -130,8 +127,7 @@ def noise_over_qr() -> Ratio:
 def _qr(updates: tuple[ClientUpdate, ...]) -> float:
     def work() -> None:
         for module in updates[0].adapter:
-            whole = add([u.adapter[module] for u in updates])
-            assert isinstance(whole, LowRankDelta)
+            whole = add([low_rank(u.adapter)[module] for u in updates])
             triangular(whole.B), triangular(whole.A.T)
 
     return best_of(1, work)

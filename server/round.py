@@ -46,6 +46,7 @@ class OpenRound:
             client = message.metadata.group_id.partition(":")[2]
             if client in accepted:
                 log(30, "round %d: a second reply of %s is left out: the first one counts", self.number, client)
+                self.clients[client]["left_out"] = self.clients[client].get("left_out", 0) + 1
                 continue
             try:
                 reply = self._accept(message, client)

@@ -263,7 +263,7 @@ class FederatedLoRA(Strategy):
             try:
                 noise = self._take_in(updates, facts)
             except ArithmeticError as error:
-                successful = False
+                successful, facts["failed"] = False, str(error)
                 log(30, "round %d failed, and the model stays as it was: %s", self.rounds_done, error)
         record = RoundRecord(
             self.rounds_done,

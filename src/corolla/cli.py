@@ -118,7 +118,7 @@ def _describe(line: Any) -> str:
         loss, match = mean["held_out_loss"], mean["exact_match"]
         return f"after round {line['round']}: held-out loss {loss:.3f}, exact match {match:.1%}"
     if not line["successful"]:
-        return f"[red]round {line['round']} failed[/]: {line['quarantined']}"
+        return f"[red]round {line['round']} failed[/]: {line['update'].get('failed') or line['quarantined']}"
     losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
     update = line["update"]
     proof = update["certificate"]

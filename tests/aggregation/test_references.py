@@ -29,12 +29,13 @@ def dense_state(model: GlobalModel) -> references.DenseState:
     return references.DenseState(dense(model.merged, SHAPES), doubled(model.start), model.round)
 
 
-def worst_error(method, ranks, sets, counts, rounds, seed, fault=lambda updates: updates) -> float:
+def worst_error(method, ranks, sets, counts, rounds, seed, fault=lambda update, weight: update) -> float:
     """The largest relative distance between the method's model and the reference's own, over all rounds."""
     state, worst = None, 0.0
     for found in play(method, ranks, sets, counts, rounds, 0.3, seed):
         state = state or dense_state(found.before)
-        replies = [(u.client_id, found.weights[u.client_id], doubled(u.adapter)) for u in fault(found.updates)]
+        given = [(found.weights[u.client_id], u) for u in found.updates]
+        replies = [(u.client_id, weight, doubled(fault(u, weight).adapter)) for weight, u in given]
         state = references.REFERENCES[method.name](state, replies)
         expected = references.total(state)
         size = sum(matrix.square().sum() for matrix in expected.values()) ** 0.5
@@ -65,9 +66,8 @@ def test_it_is_what_its_equation_says(name, ranks, seed, data):
 
 @pytest.mark.parametrize("name", sorted(references.REFERENCES))
 def test_a_weight_on_both_factors_is_found_out(name):
-    def fault(updates):
-        halved = {m: LowRankDelta(0.9 * d.A, d.B) for m, d in updates[0].adapter.items()}
-        return [replace(updates[0], adapter=halved), *updates[1:]]
+    def fault(update, weight):
+        return replace(update, adapter={m: LowRankDelta(weight * d.A, d.B) for m, d in update.adapter.items()})
 
     ranks, sets = ranks_for(name, (5, 3, 2)), [("q", "v")] * 3
     method = build_method(name, **OPTIONS.get(name, {}))

@@ -90,6 +90,7 @@ def test_an_outcome_that_is_not_finite_fails_the_round_and_leaves_the_model():
 
     _, records = run(fake_grid(RANKS), rounds=3, method=replace(method, aggregate=broken))
     assert [record.successful for record, _, _ in records] == [True, False, False]
+    assert "non-finite" in records[1][0].update["failed"]
     assert records[2][1].digest() == records[0][1].digest()
 
 
@@ -100,6 +101,7 @@ def test_a_second_reply_changes_nothing():
     grid.pull_messages = lambda ids: [copy for reply in pull(ids) for copy in (reply, reply)]
     strategy, records = run(grid, rounds=1)
     assert not records[0][0].quarantined
+    assert all(client["left_out"] == 1 for client in records[0][0].clients.values())
     assert strategy.model.digest() == alone.model.digest()
 
 

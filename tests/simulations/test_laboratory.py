@@ -1,6 +1,7 @@
 """`corolla noise` and `corolla merge` on adapters that plain PEFT trained in another process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,26 +159,24 @@ def test_what_cannot_be_merged_is_refused_by_name(arguments, reason, trained):
     assert reason in " ".join(found.output.split())
 
 
+def copied(adapter: Path, to: Path, **changes) -> Path:
+    """A copy of an adapter folder with changes in its configuration."""
+    shutil.copytree(adapter, to)
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps(config | changes))
+    return to
+
+
 def test_adapters_of_two_tasks_are_refused(trained, tmp_path):
     """Their module names differ by what PEFT wraps: a merge would hold names that no model has."""
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in (trained / "small").iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"task_type": "FEATURE_EXTRACTION"}))
+    other = copied(trained / "small", tmp_path / "other", task_type="FEATURE_EXTRACTION")
     found = corolla("noise", trained / "small", other)
     assert found.exit_code == 1
     assert "of one base and task are needed" in found.output
 
 
 def test_adapters_of_two_bases_are_refused(trained, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in (trained / "small").iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "another/base"}))
+    other = copied(trained / "small", tmp_path / "other", base_model_name_or_path="another/base")
     found = corolla("noise", trained / "small", other)
     assert found.exit_code == 1
     assert "adapters of one base are needed" in found.output
