@@ -13,11 +13,14 @@ from corolla.aggregation import (
     FreshRows,
     GlobalModel,
     LowRankDelta,
+    add,
     advance,
     build_method,
     client_weights,
+    cut,
     exact_mean,
     fill_adapter,
+    scale,
     share,
     whole,
 )
@@ -230,6 +233,18 @@ def test_a_round_that_truncates_is_not_exact():
     assert not proof.exact
     assert "cut to rank 3" in proof.reason
     assert proof.rank == after.merged["q"].rank == 3
+
+
+def test_a_download_of_fr_lora_keeps_an_update_that_is_small_beside_its_start():
+    """merged is −S plus the update: a cut relative to merged alone would take the update away."""
+    start = {"q": random_delta(*SHAPES["q"], 3, 1, 100.0)}
+    update = random_delta(*SHAPES["q"], 2, 2, 1e-3)
+    merged = {"q": add([scale(start["q"], -1.0), update])}
+    reduced, lost = cut(GlobalModel(merged=merged, start=start), Budget(max_error=1e-3))
+    reached = dense(whole(reduced), SHAPES)["q"]
+    expected = update.double().dense()
+    assert (reached - expected).norm() < 0.02 * expected.norm()  # what float32 leaves of it beside S
+    assert lost <= 1e-3
 
 
 def test_dropping_the_remainder_is_found_out():

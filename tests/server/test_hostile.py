@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
-from corolla.aggregation import Budget, GlobalModel, GlobalUpdate, LowRankDelta, build_method
+from corolla.aggregation import Budget, GlobalModel, LowRankDelta, build_method
 from corolla.client.protocol import Hello, unpack_metrics
 from corolla.server.strategy import FederatedLoRA
 from tests.aggregation.federations import principal
@@ -78,19 +78,20 @@ def test_factors_that_would_overflow_never_reach_the_model(method):
     assert strategy.model.is_finite()
 
 
-def test_an_outcome_that_is_not_finite_fails_the_round_and_leaves_the_model():
-    method = build_method("flora")
+@pytest.mark.parametrize(("part", "reason"), [("merge", "non-finite"), ("start", "must be finite, got NaN")])
+def test_an_outcome_that_is_not_finite_fails_the_round_and_leaves_the_model(part, reason):
+    method = build_method("warm")
 
     def broken(updates, weights, model):
         outcome = method.aggregate(updates, weights, model)
-        if model.round == 1:
-            bad = {m: LowRankDelta(d.A, d.B * torch.inf) for m, d in outcome.merge.items()}
-            return GlobalUpdate(bad, {}, replace(outcome.certificate, error=float("nan")))
-        return outcome
+        if model.round == 0:
+            return outcome
+        bad = {m: LowRankDelta(d.A, torch.full_like(d.B, torch.inf)) for m, d in outcome.start.items()}
+        return replace(outcome, **{part: bad})
 
     _, records = run(fake_grid(RANKS), rounds=3, method=replace(method, aggregate=broken))
     assert [record.successful for record, _, _ in records] == [True, False, False]
-    assert "non-finite" in records[1][0].update["failed"]
+    assert reason in records[1][0].update["failed"]
     assert records[2][1].digest() == records[0][1].digest()
 
 
