@@ -10,9 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from corolla.adapters import Base, attached, open_base
 from corolla.client.config import DataConfig, TrainConfig
-from corolla.client.data import Example, as_dataset, encode
-from corolla.client.tasks import generate_tasks
-from corolla.client.training import train_round
+from corolla.client.data.generated import generate_tasks
+from corolla.client.tasks.causal_lm import TextExample, encode
+from corolla.client.training import as_dataset, train_round
 from corolla.server.config import Config
 from corolla.simulations.simulate import DEMO_CONFIG
 
@@ -33,7 +33,7 @@ def client_over_bare() -> tuple[str, float, float]:
     return what, max(speeds["client"]), max(speeds["bare"])
 
 
-def _examples(base: Base, data: DataConfig, count: int) -> list[Example]:
+def _examples(base: Base, data: DataConfig, count: int) -> list[TextExample]:
     rows, _ = generate_tasks(0, None, count // 8, 1)
     return [encode(base.tokenizer, data, dict(row)) for row in rows]
 
@@ -44,12 +44,12 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _client(base: Base, config: Config, examples: list[Example]) -> None:
+def _client(base: Base, config: Config, examples: list[TextExample]) -> None:
     with attached(base.model, config.adapter.spec(16)) as model:
         train_round(model, base, config.train, examples, 1, 1, 0)
 
 
-def _bare(base: Base, config: Config, examples: list[Example]) -> None:
+def _bare(base: Base, config: Config, examples: list[TextExample]) -> None:
     train: TrainConfig = config.train
     targets = config.adapter.target_modules
     lora = LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")

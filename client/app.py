@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from corolla.client.config import ClientSettings
 from corolla.client.local import Client, open_client
-from corolla.client.protocol import Task
+from corolla.client.protocol import Assignment
 
 app = ClientApp()
 
@@ -39,19 +39,19 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Trains its share and replies the adapter."""
-    task = Task.unpack(message.content)
-    return Message(_open(task.order.settings, context).train(task).pack(), reply_to=message)
+    assignment = Assignment.unpack(message.content)
+    return Message(_open(assignment.order.settings, context).train(assignment).pack(), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model and replies numbers."""
-    task = Task.unpack(message.content)
-    client = _open(task.order.settings, context)
+    assignment = Assignment.unpack(message.content)
+    client = _open(assignment.order.settings, context)
     content = RecordDict(
         {
-            "receipt": ConfigRecord({"client_id": client.client_id, "model": task.order.model}),
-            "metrics": MetricRecord({**client.evaluate(task)}),
+            "receipt": ConfigRecord({"client_id": client.client_id, "model": assignment.order.model}),
+            "metrics": MetricRecord({**client.evaluate(assignment)}),
         }
     )
     return Message(content, reply_to=message)

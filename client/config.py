@@ -4,14 +4,15 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from corolla.adapters import DEMO, AdapterSpec
+from corolla.client.tasks import TASKS
 
 DType = Literal["float32", "bfloat16", "float16"]
 
-TASKS = "tasks"
-"""The data source that needs no file: instruction tasks generated from a seed (`corolla.client.tasks`)."""
+GENERATED = "tasks"
+"""The data source that needs no file: instruction tasks generated from a seed (`corolla.client.data.generated`)."""
 
 
 def parse_targets(value: Any) -> Any:
@@ -53,7 +54,7 @@ class DataConfig(Section):
     """Where a client's examples come from."""
 
     train: str = Field(
-        TASKS, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated"
+        GENERATED, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated"
     )
     held_out: str | None = Field(
         None, description="a JSONL file of held-out examples; unset: a part of the training rows"
@@ -97,6 +98,7 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """Local training, in the terms of transformers' Trainer."""
 
+    task: str = Field("causal-lm", description=f"what is learned: one of {', '.join(TASKS)}")
     optimizer: str = Field("adamw_torch", description="an optimizer by transformers' name")
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
@@ -111,6 +113,13 @@ class TrainConfig(Section):
     local_epochs: float | None = Field(None, gt=0, description="passes over the client's data a round")
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are left out and counted")
     dtype: DType = Field("float32", description="autocast precision of training; adapters stay in float32")
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value not in TASKS:
+            raise ValueError(f"must be one of {', '.join(TASKS)}")
+        return value
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from corolla.adapters import Base
-from corolla.client.data import IGNORED, Example
+from corolla.client.tasks.task import IGNORED
 
 BATCH = 32
 """Examples that are evaluated together."""
@@ -18,7 +18,7 @@ BATCH = 32
 class Evaluation:
     """One model's answers to some examples, in their order."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[Any, ...]
     answers: tuple[str, ...]
 
     def metrics(self) -> dict[str, float]:
@@ -34,7 +34,7 @@ class Evaluation:
         return metrics
 
 
-def evaluate(model: Any, base: Base, examples: Sequence[Example], max_new_tokens: int) -> Evaluation:
+def answer_all(model: Any, base: Base, examples: Sequence[Any], max_new_tokens: int) -> Evaluation:
     """The greedy answers of `model` to `examples`. Raises ValueError for no examples."""
     if not examples:
         raise ValueError("evaluation needs held-out examples, got none: set data.held_out or data.held_out_fraction")
@@ -47,7 +47,7 @@ def evaluate(model: Any, base: Base, examples: Sequence[Example], max_new_tokens
     return Evaluation(tuple(examples), tuple(answers))
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+def _batches(examples: Sequence[Any]) -> Iterator[list[int]]:
     """Positions in batches of similar length, the same batches for the same examples."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
     for first in range(0, len(order), BATCH):
@@ -55,7 +55,7 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, base: Base, examples: Sequence[Example]) -> float:
+def mean_loss(model: Any, base: Base, examples: Sequence[Any]) -> float:
     """Mean negative log-likelihood per answer token (the end token included), in nats."""
     total, count = 0.0, 0
     for positions in _batches(examples):
@@ -77,7 +77,7 @@ def mean_loss(model: Any, base: Base, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def _answer(model: Any, base: Base, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+def _answer(model: Any, base: Base, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
     prompts = [example.prompt_ids for example in examples]
     width = max(map(len, prompts))
     pad = base.tokenizer.pad_token_id

@@ -24,9 +24,9 @@ from corolla.adapters import (
 from corolla.aggregation import DenseDelta, FreshRows, Shapes, fill_adapter, low_rank
 from corolla.client.config import ClientSettings, client_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
-from corolla.client.evaluation import evaluate, mean_loss
-from corolla.client.protocol import Hello, Reply, Task
+from corolla.client.protocol import Assignment, Hello, Reply
 from corolla.client.seeding import seed_of
+from corolla.client.tasks import Task, find_task
 from corolla.client.training import train_round
 
 WHOLE = "W"
@@ -44,6 +44,11 @@ class Client:
     data: ClientData
     settings: ClientSettings
 
+    @property
+    def task(self) -> Task:
+        """What it learns."""
+        return find_task(self.settings.train.task)
+
     def spec(self, rank: int) -> AdapterSpec:
         """The LoRA that it attaches at `rank`."""
         return self.settings.adapter.spec(rank, self.targets)
@@ -55,16 +60,16 @@ class Client:
     def _shapes(self) -> Shapes:
         return _target_shapes(self.base, self.spec(1))
 
-    def train(self, task: Task) -> Reply:
+    def train(self, assignment: Assignment) -> Reply:
         """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
 
         The base is put back as it was. Raises ValueError for an order meant for another base, or a start that does
         not fit its modules; RuntimeError where the loss is not finite.
         """
-        order, settings = task.order, self.settings
-        self._require_base(task)
+        order, settings = assignment.order, self.settings
+        self._require_base(assignment)
         examples = self._examples(order.round)
-        with self._trainable(task) as model:
+        with self._trainable(assignment) as model:
             metrics = {"too_long": float(self.data.too_long), "loss_before": self._probe_loss(model)}
             seed = seed_of(order.seed, self.client_id, order.round)
             penalty = (lambda model: order.penalty * tail_penalty(model, order.keep)) if order.penalty else None
@@ -86,30 +91,33 @@ class Client:
         )
 
     @contextmanager
-    def _trainable(self, task: Task) -> Iterator[Any]:
+    def _trainable(self, assignment: Assignment) -> Iterator[Any]:
         """The base with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights."""
-        order, shapes = task.order, self._shapes()
+        order, shapes = assignment.order, self._shapes()
         if order.trains == WHOLE:
             begin = {module: DenseDelta(torch.zeros(shape)) for module, shape in shapes.items()}
-            with carrying(self.base.model, task.frozen) as model, dense_beside(model, begin, LOCAL, trains=True):
+            with carrying(self.base.model, assignment.frozen) as model, dense_beside(model, begin, LOCAL, trains=True):
                 yield model
             return
         independent = self.settings.adapter.init == "independent"
         fresh = FreshRows(order.seed, order.fresh_round, self.client_id if independent else "")
-        start = fill_adapter(task.start, shapes, order.rank, fresh)
-        with attached(self.base.model, self.spec(order.rank), start, low_rank(task.frozen), order.trains) as model:
+        start = fill_adapter(assignment.start, shapes, order.rank, fresh)
+        with attached(
+            self.base.model, self.spec(order.rank), start, low_rank(assignment.frozen), order.trains
+        ) as model:
             yield model
 
-    def evaluate(self, task: Task) -> dict[str, float]:
+    def evaluate(self, assignment: Assignment) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
-        self._require_base(task)
-        with carrying(self.base.model, task.frozen) as model:
-            answers = evaluate(model, self.base, self.data.held_out, self.settings.data.max_new_tokens)
-            loss = mean_loss(model, self.base, self.data.held_out)
-            return answers.metrics() | {"held_out_loss": loss, "probe_loss": self._probe_loss(model)}
+        self._require_base(assignment)
+        with carrying(self.base.model, assignment.frozen) as model:
+            found = self.task.evaluate(model.eval(), self.base, self.data.held_out, self.settings.data)
+            return found | {"probe_loss": self._probe_loss(model)}
 
     def _probe_loss(self, model: Any) -> float:
-        return mean_loss(model.eval(), self.base, (self.data.held_out or self.data.train)[: self.settings.data.probe])
+        return self.task.mean_loss(
+            model.eval(), self.base, (self.data.held_out or self.data.train)[: self.settings.data.probe]
+        )
 
     def _examples(self, round_number: int) -> list[Any]:
         """This round's examples: a pure function of seed, client and round, whoever took part before."""
@@ -118,11 +126,11 @@ class Client:
         order = round_order(size, (round_number - 1) * count, count, self.settings.seed, self.client_id)
         return [self.data.train[i] for i in order]
 
-    def _require_base(self, task: Task) -> None:
-        if task.order.base_hash != self.base.hash:
+    def _require_base(self, assignment: Assignment) -> None:
+        if assignment.order.base_hash != self.base.hash:
             raise ValueError(
-                f"the order is for the base {task.order.base_hash}, got {self.base.hash} from {self.base.source.name}: "
-                "use the same checkpoint as the server"
+                f"the order is for the base {assignment.order.base_hash}, got {self.base.hash} from "
+                f"{self.base.source.name}: use the same checkpoint as the server"
             )
 
 
@@ -159,6 +167,7 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
 def _load_data(base: Base, client_id: str, partition: int, settings: ClientSettings) -> ClientData:
     return load_client_data(
         settings.data,
+        find_task(settings.train.task),
         base.tokenizer,
         client_id,
         partition,

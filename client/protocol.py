@@ -123,7 +123,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """An order with the factors that came with it."""
 
     order: Order
@@ -145,10 +145,10 @@ class Task:
         """Raises ValueError for factors that are not what the server says it sent."""
         order = Order(**_record(content, "order", Order))
         frozen, start = (unpack_adapter(_arrays(content, part)) for part in ("frozen", "start"))
-        task = cls(order, frozen, low_rank(start))
-        if share_digest(task.frozen, task.start) != order.share:
+        assignment = cls(order, frozen, low_rank(start))
+        if share_digest(assignment.frozen, assignment.start) != order.share:
             raise ValueError(f"round {order.round}: the download must have the digest {order.share}, it was damaged")
-        return task
+        return assignment
 
 
 def share_digest(frozen: AdapterState, start: LowRankState) -> str:

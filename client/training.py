@@ -1,56 +1,21 @@
-"""Local training with TRL's SFTTrainer, on examples chosen and ordered beforehand."""
+"""Local training with the trainer of the task, on examples chosen and ordered beforehand."""
 
 import contextlib
 import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
 
 from corolla.adapters import Base
 from corolla.client.config import TrainConfig
-from corolla.client.data import Example, as_dataset
-
-Penalty = Callable[[Any], torch.Tensor]
-"""model -> a scalar with gradients that is added to the loss."""
-
-
-class RoundTrainer(SFTTrainer):
-    """An SFTTrainer whose learning-rate schedule spans all rounds, though each round has a trainer of its own.
-
-    `penalty`, if any, is added to the loss of every optimizer step.
-    """
-
-    def __init__(
-        self, *args: Any, first_step: int, total_steps: int, penalty: Penalty | None = None, **kwargs: Any
-    ) -> None:
-        self.first_step, self.total_steps, self.penalty = first_step, total_steps, penalty
-        super().__init__(*args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of `total_steps`, entered at `first_step`."""
-        scheduler: Any = super().create_scheduler(
-            max(self.total_steps, self.first_step + num_training_steps), optimizer
-        )
-        scheduler.lr_lambdas = [lambda step, rule=rule: rule(step + self.first_step) for rule in scheduler.lr_lambdas]
-        rates = [base * rule(0) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
-        return scheduler
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """TRL's loss, plus the penalty once per optimizer step, spread over its micro-batches."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        if self.penalty is None:
-            return found
-        extra = self.penalty(model) / (self.args.gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1)
-        return (found[0] + extra, *found[1:]) if return_outputs else found + extra
+from corolla.client.tasks import Example, find_task
+from corolla.client.tasks.rounds import Penalty
 
 
 def train_round(
@@ -69,16 +34,18 @@ def train_round(
     train_loss (mean over the steps, the penalty included), tokens (not padding, the prompt included), seconds, steps
     and peak_memory_mib. Raises RuntimeError where the loss is not finite.
     """
+    task = find_task(config.task)
     steps = math.ceil(len(examples) / (config.batch_size * config.accumulation))
     began = time.perf_counter()
     cuda = base.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(base.device)
     with tempfile.TemporaryDirectory() as folder, _training_mode(model), _as_it_was(base.model):
-        trainer = RoundTrainer(
+        trainer = task.trainer(
             model=model,
-            args=_trainer_arguments(config, steps, seed, folder, cuda),
+            args=task.arguments(**_arguments(config, steps, seed, folder, cuda), **task.options(config)),
             train_dataset=as_dataset(examples),
+            data_collator=task.collator(base, config) if task.collator else None,
             processing_class=base.tokenizer,
             first_step=(round_number - 1) * steps,
             total_steps=rounds * steps,
@@ -93,10 +60,15 @@ def train_round(
     metrics = {
         "train_loss": sum(losses) / len(losses),
         "steps": float(len(losses)),
-        "tokens": float(sum(len(e.input_ids) for e in examples)),
+        "tokens": float(sum(e.length for e in examples)),
         "seconds": time.perf_counter() - began,
     }
     return metrics | {"peak_memory_mib": _peak_memory(base.device) / 2**20}
+
+
+def as_dataset(examples: Sequence[Example]) -> Dataset:
+    """The examples' features, in their order."""
+    return Dataset.from_list([example.features() for example in examples])
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -131,12 +103,10 @@ def _as_it_was(model: Any) -> Any:
         model.__dict__.update(before)
 
 
-def _trainer_arguments(config: TrainConfig, steps: int, seed: int, folder: str, cuda: bool) -> SFTConfig:
+def _arguments(config: TrainConfig, steps: int, seed: int, folder: str, cuda: bool) -> dict[str, Any]:
     """Every choice that TRL and transformers would otherwise make by themselves is made here."""
-    return SFTConfig(
+    return dict(  # noqa: C408  (as one writes arguments)
         output_dir=folder,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,

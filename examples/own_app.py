@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from corolla.adapters import AdapterSpec, attached, read_adapter, target_shapes
 from corolla.aggregation import FreshRows, GlobalModel, fill_adapter
-from corolla.client.protocol import Hello, Reply, Task
+from corolla.client.protocol import Assignment, Hello, Reply
 from corolla.server.strategy import FederatedLoRA, RoundRecord
 
 client, server = ClientApp(), ServerApp()
@@ -38,11 +38,11 @@ def hello(message: Message, context: Context) -> Message:
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """Any loop will do: here, five steps on a sequence that only this client knows."""
-    task, mine = Task.unpack(message.content), spec(context)
-    fresh = FreshRows(task.order.seed, task.order.fresh_round)
-    start = fill_adapter(task.start, target_shapes(model, mine), mine.rank, fresh)
+    assignment, mine = Assignment.unpack(message.content), spec(context)
+    fresh = FreshRows(assignment.order.seed, assignment.order.fresh_round)
+    start = fill_adapter(assignment.start, target_shapes(model, mine), mine.rank, fresh)
     tokens = torch.arange(24)[None] * (mine.rank + 1) % 64
-    with attached(model, mine, start, task.frozen, task.order.trains) as peft_model:
+    with attached(model, mine, start, assignment.frozen, assignment.order.trains) as peft_model:
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
         for _ in range(5):
@@ -52,7 +52,7 @@ def train(message: Message, context: Context) -> Message:
             optimizer.zero_grad()
             losses.append(loss.item())
         adapter = read_adapter(peft_model)
-    name, order = f"site-{context.node_config['partition-id']}", task.order
+    name, order = f"site-{context.node_config['partition-id']}", assignment.order
     metrics = {"loss_before": losses[0], "train_loss": losses[-1]}
     return Message(Reply(name, order.round, order.model, BASE, 100, 5, adapter, metrics).pack(), reply_to=message)
 

@@ -38,7 +38,7 @@ from corolla.aggregation import (
     share,
     whole,
 )
-from corolla.client.protocol import Hello, Order, Task, pack_adapter, share_digest, unpack_metrics
+from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
 from corolla.server.round import OpenRound
@@ -218,7 +218,7 @@ class FederatedLoRA(Strategy):
             part = share(reduced, rule, ranks[client], shapes[client])
             order = self._order(round_number, ranks[client], rule, version, part)
             self._round.ask(client, order, part)
-            messages.append(self._message(Task(order, part.frozen, part.start), client, MessageType.TRAIN))
+            messages.append(self._message(Assignment(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
 
     def _order(self, round_number: int, rank: int, rule: ClientRule, version: str, part: ClientShare) -> Order:
@@ -236,12 +236,12 @@ class FederatedLoRA(Strategy):
             keep=float(rule.keep),
         )
 
-    def _message(self, task: Task, client: str, kind: str) -> Message:
+    def _message(self, assignment: Assignment, client: str, kind: str) -> Message:
         return Message(
-            task.pack(),
+            assignment.pack(),
             dst_node_id=self.fleet.node(client),
             message_type=kind,
-            group_id=f"{task.order.round}:{client}",
+            group_id=f"{assignment.order.round}:{client}",
             ttl=self.deadline,
         )
 
@@ -318,7 +318,8 @@ class FederatedLoRA(Strategy):
         part = ClientShare(whole(reduced), {}, 0.0)
         order = self._order(self.rounds_done, 1, ClientRule(trains=frozenset()), model.digest(), part)
         return [
-            self._message(Task(order, part.frozen, {}), client, MessageType.EVALUATE) for client in self.fleet.clients
+            self._message(Assignment(order, part.frozen, {}), client, MessageType.EVALUATE)
+            for client in self.fleet.clients
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

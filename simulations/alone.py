@@ -6,9 +6,8 @@ from typing import Any
 
 from corolla.adapters import carrying
 from corolla.aggregation import AdapterState, Budget, ClientUpdate, GlobalModel, advance, build_method, share, whole
-from corolla.client.evaluation import evaluate
 from corolla.client.local import Client
-from corolla.client.protocol import Order, Task, share_digest
+from corolla.client.protocol import Assignment, Order, share_digest
 from corolla.server.folder import RunFolder
 
 BASE, GLOBAL = "base", "global"
@@ -53,8 +52,8 @@ def compare(
     for client_id, client in clients.items():
         model = train_alone(client, folder, lines, on_step)
         with carrying(client.base.model, whole(model)) as alone:
-            found = evaluate(alone, client.base, held_out, client.settings.data.max_new_tokens)
-        columns[client_id] = by_group([found.metrics()])
+            found = client.task.evaluate(alone, client.base, held_out, client.settings.data)
+        columns[client_id] = by_group([found])
         on_step("evaluate")
     return Comparison(columns | {GLOBAL: by_group(evaluations[-1]["clients"].values())})
 
@@ -112,4 +111,4 @@ def train_once(client: Client, model: GlobalModel, round_number: int) -> Adapter
         share=share_digest(part.frozen, part.start),
         base_hash=client.base.hash,
     )
-    return client.train(Task(order, part.frozen, part.start)).adapter
+    return client.train(Assignment(order, part.frozen, part.start)).adapter

@@ -1,8 +1,10 @@
 """A run's checkpoint for the world: exported, or evaluated on a file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from corolla.adapters import Base, carrying, export_adapter, export_merged, open_base
 from corolla.aggregation import (
@@ -16,8 +18,8 @@ from corolla.aggregation import (
     without_empty,
 )
 from corolla.client.app import use_threads
-from corolla.client.data import encode, read_rows
-from corolla.client.evaluation import Evaluation, evaluate, mean_loss
+from corolla.client.data import encode_rows, read_rows
+from corolla.client.tasks import find_task
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 
@@ -66,22 +68,21 @@ def evaluate_checkpoint(
     The same encoding and greedy decoding as in the run.
     """
     config, base, adapter = _open(run, round_number)
-    rows = read_rows(str(data), config.data)
-    examples = [encode(base.tokenizer, config.data, row) for row in rows]
-    limit = config.data.max_new_tokens
-    found, metrics = [], []
+    task = find_task(config.train.task)
+    examples = encode_rows(config.data, task, base.tokenizer, read_rows(str(data), config.data))
+    metrics, given = [], []
     for part in ({}, adapter):
         with carrying(base.model, part) as model:
-            found.append(evaluate(model, base, examples, limit))
-            metrics.append({"held_out_loss": mean_loss(model, base, examples)} | found[-1].metrics())
+            metrics.append(task.evaluate(model.eval(), base, examples, config.data))
+            given.append(task.answer(model.eval(), base, examples, config.data) if answers else [])
     if answers:
-        _write_answers(answers, *found)
+        _write_answers(answers, examples, *given)
     return metrics[0], metrics[1]
 
 
-def _write_answers(path: Path, before: Evaluation, after: Evaluation) -> None:
+def _write_answers(path: Path, examples: Sequence[Any], before: Sequence[str], after: Sequence[str]) -> None:
     with path.open("w") as file:
-        for example, base_answer, answer in zip(after.examples, before.answers, after.answers, strict=True):
+        for example, base_answer, answer in zip(examples, before, after, strict=True):
             line = {"prompt": example.prompt, "completion": example.completion, "base": base_answer, "global": answer}
             file.write(json.dumps(line) + "\n")
 

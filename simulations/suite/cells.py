@@ -9,9 +9,9 @@ from typing import Any
 from corolla.adapters import Base, carrying
 from corolla.aggregation import AdapterState, GlobalModel, adapter_norm, distance, whole, without_empty
 from corolla.client.app import use_threads
-from corolla.client.data import ClientData, Example
-from corolla.client.evaluation import evaluate, mean_loss
+from corolla.client.data import ClientData
 from corolla.client.local import Client
+from corolla.client.tasks import find_task
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.run import run_facts
@@ -99,7 +99,7 @@ def _numbers(row: str, folder: Path, config: Config, watch: Watch) -> dict[str, 
     return numbers
 
 
-def held_out(config: Config) -> tuple[Base, list[Example]]:
+def held_out(config: Config) -> tuple[Base, list[Any]]:
     """The base, and every client's held-out examples together. Raises ValueError where there are none."""
     clients = clients_of(config)
     examples = [example for client in clients.values() for example in client.data.held_out]
@@ -113,8 +113,7 @@ def measure(adapter: AdapterState, config: Config) -> dict[str, float]:
     use_threads(config.run.threads)
     base, examples = held_out(config)
     with carrying(base.model, without_empty(adapter)) as model:
-        loss = mean_loss(model, base, examples)
-        return {"held_out_loss": loss} | evaluate(model, base, examples, config.data.max_new_tokens).metrics()
+        return find_task(config.train.task).evaluate(model, base, examples, config.data)
 
 
 def traffic(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A tiny base model with skills and no instructions: pre-trained here in one to three minutes, and cached.
 
-A small Llama learns the families of `corolla.client.tasks` under other phrasings than theirs. Fine-tuning then has
-something to build on and still everything to learn about what is asked, and the run is quick enough for a suite of
+A small Llama learns the families of `corolla.client.data.generated` under other phrasings than theirs. Fine-tuning then
+has something to build on and still everything to learn about what is asked, and the run is quick enough for a suite of
 many runs on two cores.
 """
 
@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from corolla.client.tasks import CITIES, FAMILIES, FIRST_NAMES, LAST_NAMES, MONTHS, WORDS
+from corolla.client.data.generated import CITIES, FAMILIES, FIRST_NAMES, LAST_NAMES, MONTHS, WORDS
 
 PHRASINGS = {
     "join_hyphens": ("{0} dash", "dash {0}"),

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla.client.config import DataConfig
-from corolla.client.data import IGNORED, encode, load_client_data, round_order
+from corolla.client.data import load_client_data, round_order
+from corolla.client.tasks import find_task
+from corolla.client.tasks.causal_lm import encode
+from corolla.client.tasks.task import IGNORED
 from tests.tiny import tiny_tokenizer
 
 ROW = {"prompt": "Say hi", "completion": "hi there", "family": "greetings"}
@@ -19,7 +22,7 @@ def decode(tokenizer, ids) -> str:
 
 def test_the_chat_template_is_used_and_the_end_of_turn_is_learned():
     tokenizer = tiny_tokenizer()
-    example = encode(tokenizer, DataConfig(system="Be brief."), ROW)
+    example = encode(tokenizer, DataConfig(system="Be brief."), ROW | {"group": "greetings"})
     assert (
         decode(tokenizer, example.input_ids)
         == "<|system|>Be brief.<|end|><|user|>Say hi<|end|><|assistant|>hi there<|end|>"
@@ -72,7 +75,9 @@ def write(path, rows) -> str:
 
 
 def load(config, partition=0, clients=2, max_length=64):
-    return load_client_data(config, tiny_tokenizer(), f"client-{partition}", partition, clients, 0, max_length)
+    return load_client_data(
+        config, find_task("causal-lm"), tiny_tokenizer(), f"client-{partition}", partition, clients, 0, max_length
+    )
 
 
 def test_iid_partitions_cover_the_file_without_overlap(tmp_path):

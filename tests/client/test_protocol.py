@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla.aggregation import GlobalModel, LowRankDelta
-from corolla.client.protocol import Hello, Order, Reply, Task, adapter_bytes, pack_adapter, share_digest, unpack_adapter
+from corolla.client.protocol import (
+    Assignment,
+    Hello,
+    Order,
+    Reply,
+    adapter_bytes,
+    pack_adapter,
+    share_digest,
+    unpack_adapter,
+)
 from tests.aggregation.federations import random_delta
 
 ADAPTER = {"model.layers.0.q": random_delta(5, 4, 3, 1), "model/with/slashes": random_delta(2, 4, 1, 2)}
@@ -44,19 +53,19 @@ def test_messages_come_back():
     back = Reply.unpack(REPLY.pack())
     assert digest(back.adapter) == digest(ADAPTER)
     assert replace(back, adapter={}) == replace(REPLY, adapter={})
-    task = Task.unpack(Task(order(), ADAPTER, {}).pack())
-    assert task.order == order()
-    assert digest(task.frozen) == digest(ADAPTER)
+    assignment = Assignment.unpack(Assignment(order(), ADAPTER, {}).pack())
+    assert assignment.order == order()
+    assert digest(assignment.frozen) == digest(ADAPTER)
 
 
 def test_a_damaged_download_is_noticed():
-    content = Task(order(), ADAPTER, {}).pack()
+    content = Assignment(order(), ADAPTER, {}).pack()
     array = content.array_records["frozen"]["model.layers.0.q/B"]
     content.array_records["frozen"]["model.layers.0.q/B"] = Array(
         dtype=array.dtype, shape=array.shape, stype=array.stype, data=b"\1" + array.data[1:]
     )
     with pytest.raises(ValueError, match="was damaged"):
-        Task.unpack(content)
+        Assignment.unpack(content)
 
 
 def changed(key: str, **changes) -> ArrayRecord:

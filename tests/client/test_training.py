@@ -1,14 +1,16 @@
 """Local training: the schedule over the run, the examples of the round, the base untouched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from corolla.adapters import AdapterSpec, attached, read_adapter, target_shapes
 from corolla.aggregation import FreshRows, distance, fill_adapter
-from corolla.client import training
 from corolla.client.config import DataConfig, TrainConfig
-from corolla.client.data import encode
-from corolla.client.evaluation import evaluate, mean_loss
+from corolla.client.evaluation import answer_all, mean_loss
+from corolla.client.tasks import causal_lm
+from corolla.client.tasks.causal_lm import encode
 from corolla.client.training import train_round
 from tests.adapters.test_lora import assert_untouched, random_adapter, state_of
 from tests.simulations.federation import tiny_config
@@ -34,12 +36,12 @@ def test_the_schedule_of_the_rounds_is_the_schedule_of_the_run(tiny, schedule, m
     """Learning rates seen by the optimizer in three rounds of two steps equal those of one training of six."""
     seen: list[float] = []
 
-    class Recording(training.RoundTrainer):
+    class Recording(causal_lm.CausalTrainer):
         def training_step(self, *args, **kwargs):
             seen.append(self.optimizer.param_groups[0]["lr"])
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(training, "RoundTrainer", Recording)
+    monkeypatch.setattr(causal_lm, "TASK", replace(causal_lm.TASK, trainer=Recording))
     config = TrainConfig(local_steps=2, batch_size=2, learning_rate=1e-3, schedule=schedule, warmup_ratio=0.34)
     rows = examples(tiny, 12)
     train(tiny, config, rows)
@@ -110,23 +112,23 @@ def test_loss_is_of_the_answer_alone_and_does_not_depend_on_padding(tiny):
 
 def test_greedy_answers_equal_those_of_plain_transformers(tiny):
     rows = examples(tiny, 5)
-    found = evaluate(tiny.model, tiny, rows, 6)
+    found = answer_all(tiny.model, tiny, rows, 6)
     for example, answer in zip(rows, found.answers, strict=True):
         ids = torch.tensor([example.prompt_ids])
         output = tiny.model.generate(ids, do_sample=False, max_new_tokens=6, attention_mask=torch.ones_like(ids))
         assert answer == tiny.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     with pytest.raises(ValueError, match="held-out examples, got none"):
-        evaluate(tiny.model, tiny, [], 6)
+        answer_all(tiny.model, tiny, [], 6)
 
 
 def test_exact_match_by_group(tiny, monkeypatch):
     from corolla.client import evaluation
 
     rows = [
-        encode(tiny.tokenizer, DataConfig(), {"prompt": c, "completion": c, "family": f}) for c, f in ("ax", "by", "cy")
+        encode(tiny.tokenizer, DataConfig(), {"prompt": c, "completion": c, "group": f}) for c, f in ("ax", "by", "cy")
     ]
     monkeypatch.setattr(evaluation, "_answer", lambda *args: ["a", " b ", "wrong"])
-    metrics = evaluate(tiny.model, tiny, rows, 3).metrics()
+    metrics = answer_all(tiny.model, tiny, rows, 3).metrics()
     assert metrics["exact_match"] == pytest.approx(2 / 3)
     assert (metrics["exact_match/x"], metrics["exact_match/y"], metrics["examples/y"]) == (1.0, 0.5, 2.0)
 

@@ -7,7 +7,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from corolla.aggregation import DenseDelta, FreshRows, LowRankDelta, fill_adapter
-from corolla.client.protocol import Hello, Reply, Task
+from corolla.client.protocol import Assignment, Hello, Reply
 from corolla.simulations.grid import InProcessGrid
 from tests.aggregation.federations import move
 
@@ -33,11 +33,11 @@ def fake_grid(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        name, task = str(context.node_config["name"]), Task.unpack(message.content)
-        order = task.order
+        name, assignment = str(context.node_config["name"]), Assignment.unpack(message.content)
+        order = assignment.order
         begin = {m: DenseDelta(torch.zeros(shape)) for m, shape in SHAPES.items()}
         if order.trains != "W":
-            begin = fill_adapter(task.start, SHAPES, order.rank, FreshRows(order.seed, order.fresh_round))
+            begin = fill_adapter(assignment.start, SHAPES, order.rank, FreshRows(order.seed, order.fresh_round))
         key = order.round * 100 + len(name) + order.rank
         moved = {m: move(d, order.trains, 0.1, key + i) for i, (m, d) in enumerate(begin.items())}
         reply = Reply(

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from corolla.client import tasks
-from corolla.client.tasks import FAMILIES, Row, generate_tasks
+from corolla.client.data import generated as tasks
+from corolla.client.data.generated import FAMILIES, Row, generate_tasks
 
 GRAMS_OR_CENTIMETRES = {"km": 100_000, "m": 100, "cm": 1, "kg": 1000, "g": 1}
 
@@ -134,7 +134,7 @@ def test_more_training_rows_keep_the_held_out_ones():
 
 def test_same_seed_same_rows_in_another_process():
     code = (
-        "import hashlib, json; from corolla.client.tasks import generate_tasks; "
+        "import hashlib, json; from corolla.client.data.generated import generate_tasks; "
         "print(hashlib.sha256(json.dumps(generate_tasks(7, None, 20, 5)).encode()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,160 @@
+"""Causal language modelling: answers to prompts, turns of a chat, or plain text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl import SFTConfig, SFTTrainer
+
+from corolla.adapters import Base
+from corolla.client.config import DataConfig, TrainConfig
+from corolla.client.evaluation import answer_all, mean_loss
+from corolla.client.tasks.rounds import SpansRounds
+from corolla.client.tasks.task import IGNORED, Row, Task
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One tokenized example: `labels` is IGNORED on what is given, and `input_ids` on answers and their end tokens.
+
+    `completion` is the last answer, whose prompt is `prompt`; None for plain text, which has no right answer.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt: str
+    completion: str | None
+    group: str
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.input_ids)
+
+    @property
+    def learned(self) -> int:
+        """Tokens of answers; the first token of a sequence is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens before the last answer."""
+        masked = [i for i, label in enumerate(self.labels) if label == IGNORED]
+        return self.input_ids[: masked[-1] + 1 if masked else 0]
+
+    def features(self) -> dict[str, Any]:
+        """What SFTTrainer takes as it is."""
+        return {"input_ids": list(self.input_ids), "labels": list(self.labels)}
+
+    def sequences(self) -> Mapping[str, tuple[Sequence[int], Sequence[bool]]]:
+        """The one sequence."""
+        return {"": (self.input_ids, [label != IGNORED for label in self.labels])}
+
+
+def encode(tokenizer: Any, config: DataConfig, row: Row) -> TextExample:
+    """A row of format prompt-completion, chat or text as one sequence; the loss sees answers and their end tokens.
+
+    Raises ValueError for chat messages where the tokenizer has no chat template, or one that rewrites what was said.
+    """
+    group = str(row.get("group") or "")
+    if "text" in row:
+        ids = (*tokenizer(str(row["text"]))["input_ids"], tokenizer.eos_token_id)
+        return TextExample(ids, ids, "", None, group)
+    if "messages" in row or _uses_chat(tokenizer, config):
+        return _encode_chat(tokenizer, config, row, group)
+    prompt, completion = str(row["prompt"]), str(row["completion"])
+    given = tuple(tokenizer(prompt + "\n")["input_ids"])
+    answer = (*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    return TextExample(given + answer, (IGNORED,) * len(given) + answer, prompt, completion, group)
+
+
+def _uses_chat(tokenizer: Any, config: DataConfig) -> bool:
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise ValueError("data.template = 'chat' needs a tokenizer with a chat template, got one without: use 'plain'")
+    return config.template != "plain" and bool(tokenizer.chat_template)
+
+
+def _messages(config: DataConfig, row: Row) -> list[dict[str, str]]:
+    pairs = (("user", "prompt"), ("assistant", "completion"))
+    said = row.get("messages") or [{"role": role, "content": str(row[column])} for role, column in pairs]
+    system = [{"role": "system", "content": config.system}] if config.system and said[0]["role"] != "system" else []
+    return system + [{"role": m["role"], "content": m["content"]} for m in said]
+
+
+def _encode_chat(tokenizer: Any, config: DataConfig, row: Row, group: str) -> TextExample:
+    """The turns by the tokenizer's chat template; every assistant's turn is learned, to its end-of-turn token.
+
+    A template that rewrites an only answer gets the end-of-sequence token instead.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("chat messages need a tokenizer with a chat template, got one without: use prompt, completion")
+    said = _messages(config, row)
+    turns = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for turn in turns:
+        before = tokenizer.apply_chat_template(said[:turn], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(said[: turn + 1], tokenize=False)
+        answer = said[turn]["content"]
+        if not before.startswith(done) or (not after.startswith(before + answer) and len(turns) > 1):
+            raise ValueError(
+                f"the chat template must leave earlier turns as they were, got turn {turn + 1} of {len(said)} "
+                "rewritten: use data.template = 'plain' with prompt and completion"
+            )
+        given = tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"]
+        tail = after[len(before) :] if after.startswith(before + answer) else answer
+        learned, text = _to_end_of_turn(tokenizer, tail)
+        ids += [*given, *learned]
+        labels += [IGNORED] * len(given) + learned
+        done = before + text
+    last = said[turns[-1]]["content"]
+    prompt = next((m["content"] for m in reversed(said[: turns[-1]]) if m["role"] == "user"), "")
+    return TextExample(tuple(ids), tuple(labels), prompt, last, group)
+
+
+def _to_end_of_turn(tokenizer: Any, tail: str) -> tuple[list[int], str]:
+    """The tokens of an answer up to its first special token (or with the end-of-sequence token), and their text."""
+    encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    special = set(tokenizer.all_special_ids)
+    for position, token in enumerate(ids):
+        if token in special:
+            return ids[: position + 1], tail[: spans[position][1]]
+    return [*ids, tokenizer.eos_token_id], tail
+
+
+def evaluate(model: Any, base: Base, examples: Sequence[TextExample], config: DataConfig) -> dict[str, float]:
+    """held_out_loss, and exact_match of greedy answers over the examples that have an answer."""
+    loss = mean_loss(model, base, examples)
+    asked = [example for example in examples if example.completion is not None]
+    found = answer_all(model, base, asked, config.max_new_tokens).metrics() if asked else {}
+    return {"examples": float(len(examples)), **found, "held_out_loss": loss}
+
+
+def answer(model: Any, base: Base, examples: Sequence[TextExample], config: DataConfig) -> list[str]:
+    """The greedy answers."""
+    return list(answer_all(model, base, examples, config.max_new_tokens).answers)
+
+
+class CausalTrainer(SpansRounds, SFTTrainer):
+    """TRL's trainer over the rounds of a run."""
+
+
+def _options(train: TrainConfig) -> dict[str, Any]:
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+TASK = Task(
+    name="causal-lm",
+    head="causal-lm",
+    formats=("prompt-completion", "chat", "text"),
+    encode=encode,
+    trainer=CausalTrainer,
+    arguments=SFTConfig,
+    evaluate=evaluate,
+    mean_loss=mean_loss,
+    answer=answer,
+    score="exact_match",
+    options=_options,
+)

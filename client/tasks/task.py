@@ -1,0 +1,64 @@
+"""What a task is: a value that says how to encode, train and evaluate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from corolla.adapters import Base
+    from corolla.client.config import DataConfig, TrainConfig
+
+Row = dict[str, Any]
+"""One row of data in a format of `corolla.client.data.formats`: its columns have that format's names."""
+
+IGNORED = -100
+"""The label that the loss leaves out."""
+
+
+class Example(Protocol):
+    """One encoded row."""
+
+    @property
+    def group(self) -> str:
+        """By which results are told apart; "" for none."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+
+    @property
+    def learned(self) -> int:
+        """What the loss sees of it: tokens, or 1 for a label. 0 teaches nothing."""
+
+    def features(self) -> dict[str, Any]:
+        """A row of the trainer's dataset."""
+
+    def sequences(self) -> Mapping[str, tuple[Sequence[int], Sequence[bool]]]:
+        """Name -> (token ids, which of them the loss sees), to show a person."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of learning.
+
+    `head` is that of the base (`corolla.adapters.HEADS`); `formats` are the kinds of rows that it takes
+    (`corolla.client.data.formats`). `encode(tokenizer, data, row)` is an Example. `trainer` and `arguments` are
+    transformers' Trainer and TrainingArguments or heirs of theirs, the trainer with `SpansRounds` before them;
+    `options(train)` are arguments of its own, `collator(base, train)` makes batches (None: the trainer's own).
+    `evaluate(model, base, examples, data)` are metrics: `held_out_loss`, `examples`, and `score`, between 0 and 1, with
+    `<score>/<group>` and `examples/<group>` where examples have groups. `mean_loss(model, base, examples)` is the loss
+    alone, in nats; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
+    """
+
+    name: str
+    head: str
+    formats: tuple[str, ...]
+    encode: "Callable[[Any, DataConfig, Row], Any]"
+    trainer: type
+    arguments: type
+    evaluate: "Callable[[Any, Base, Sequence[Any], DataConfig], dict[str, float]]"
+    mean_loss: "Callable[[Any, Base, Sequence[Any]], float]"
+    answer: "Callable[[Any, Base, Sequence[Any], DataConfig], list[str]]"
+    score: str
+    options: "Callable[[TrainConfig], dict[str, Any]]" = lambda train: {}
+    collator: "Callable[[Base, TrainConfig], Any] | None" = None
