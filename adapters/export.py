@@ -1,5 +1,7 @@
 """A run's result for the world: a PEFT adapter, or a full checkpoint merged on an fp32 master. Both are proven."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from corolla.adapters.base import Base, load_model
+from corolla.adapters.base import Base, Opening, load_model
 from corolla.adapters.carry import carrying
 from corolla.adapters.folder import FolderFacts, write_peft_folder
-from corolla.aggregation import AdapterState, low_rank
+from corolla.adapters.heads import HEADS, TASK_TYPES, head_modules
+from corolla.aggregation import AdapterState, DenseDelta, low_rank
 
 AGREES = 1e-4
 """Largest relative difference of logits that a written export may have to the running model, in float32."""
@@ -22,19 +24,47 @@ AGREES = 1e-4
 def export_adapter(base: Base, adapter: AdapterState, folder: Path) -> float:
     """Writes a PEFT folder (alpha = r), reloads it with plain PEFT, and returns the relative error of its logits.
 
-    Raises RuntimeError where they differ by more than 1e-4 (float32; 5e-2 in half precision) from the running model's,
-    ValueError for a change that is not low-rank: `export_merged` writes that.
+    A classifier's head goes along as PEFT's modules_to_save. Raises RuntimeError where the logits differ by more than
+    1e-4 (float32; 5e-2 in half precision or on a quantised base) from the running model's, ValueError for a change
+    that is neither low-rank nor a head: `export_merged` writes that.
     """
-    factors = low_rank(adapter)
+    heads = {m: delta for m in head_modules(base.model, base.head) if isinstance(delta := adapter.get(m), DenseDelta)}
+    factors = low_rank({module: delta for module, delta in adapter.items() if module not in heads})
     expected = running_logits(base, adapter)
-    write_peft_folder(factors, folder, FolderFacts(base.source.name, has_conv1d(base.model, adapter)))
-    model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    facts = FolderFacts(base.source.name, has_conv1d(base.model, factors), TASK_TYPES[base.head.kind])
+    write_peft_folder(factors, folder, facts, _whole_heads(base, heads))
+    with _put_back(base.model, heads):
+        model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+        try:
+            error = _difference(_logits(model, base), expected)
+        finally:
+            model.unload()
+            base.model.__dict__.pop("peft_config", None)
+    return _require_agreement(error, AGREES if base.dtype == "float32" and not base.quantized else 5e-2, folder)
+
+
+def _whole_heads(base: Base, heads: Mapping[str, DenseDelta]) -> dict[str, dict[str, Tensor]]:
+    """Module -> its parameters by name, the change added to them, in float32."""
+    found = {}
+    for name, delta in heads.items():
+        layer: Any = base.model.get_submodule(name)
+        inputs = layer.weight.shape[1]
+        found[name] = {"weight": layer.weight.detach().float().cpu() + delta.W[:, :inputs]}
+        if layer.bias is not None:
+            found[name]["bias"] = layer.bias.detach().float().cpu() + delta.W[:, inputs]
+    return found
+
+
+@contextmanager
+def _put_back(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """At the end, these modules are the objects that they were: PEFT replaces those that it saves."""
+    before = {name: model.get_submodule(name) for name in names}
     try:
-        error = _difference(_logits(model, base), expected)
+        yield
     finally:
-        model.unload()
-        base.model.__dict__.pop("peft_config", None)
-    return _require_agreement(error, AGREES if base.dtype == "float32" else 5e-2, folder)
+        for name, module in before.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module)
 
 
 def export_merged(base: Base, adapter: AdapterState, folder: Path) -> float:
@@ -44,7 +74,8 @@ def export_merged(base: Base, adapter: AdapterState, folder: Path) -> float:
     loses more than half of itself. The reloaded checkpoint is compared with base and adapter side by side, on the
     CPU. Raises RuntimeError where a merge or the logits are off, ValueError for a weight that two modules share.
     """
-    master = replace(base, model=load_model(base.source, "float32").eval(), dtype="float32", device=torch.device("cpu"))
+    fresh = load_model(base.source, Opening(head=base.head)).eval()
+    master = replace(base, model=fresh, dtype="float32", device=torch.device("cpu"))
     expected = running_logits(master, adapter)
     merge_into(master.model, adapter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +83,8 @@ def export_merged(base: Base, adapter: AdapterState, folder: Path) -> float:
         del master.model.config.quantization_config
     master.model.save_pretrained(folder)
     master.tokenizer.save_pretrained(folder)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    auto = HEADS[base.head.kind]
+    reloaded = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     return _require_agreement(_difference(_logits(reloaded, master), expected), AGREES, folder)
 
 
@@ -71,6 +103,9 @@ def merge_into(model: nn.Module, adapter: AdapterState) -> None:
         if sum(weight is other for other in _weights(model)) > 1:
             raise ValueError(f"merging needs a weight of its own, got one shared with another module at {module}")
         dense = delta.dense().T if isinstance(layer, Conv1D) else delta.dense()
+        if dense.shape[1] > weight.shape[1] and layer.bias is not None:
+            layer.bias += dense[:, -1]
+            dense = dense[:, :-1]
         before = weight.clone()
         weight += dense
         lost = float((weight.double() - before.double() - dense.double()).norm())

@@ -1,6 +1,7 @@
 """Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,21 @@ class FolderFacts:
     task_type: str = "CAUSAL_LM"
 
 
-def write_peft_folder(adapter: LowRankState, folder: Path, facts: FolderFacts) -> Path:
+Heads = Mapping[str, Mapping[str, torch.Tensor]]
+"""Module -> its parameters by name, whole."""
+
+
+def write_peft_folder(
+    adapter: LowRankState,
+    folder: Path,
+    facts: FolderFacts,
+    heads: Heads = {},  # noqa: B006  (only read)
+) -> Path:
     """Writes `adapter` so that `PeftModel.from_pretrained(base, folder)` computes base + B @ A, and returns the folder.
 
     alpha = r, so the scaling is 1 and no reader can get it wrong; modules of smaller rank are padded with zeros to
-    the largest, so no rank pattern is needed. Raises ValueError for an adapter without any component.
+    the largest, so no rank pattern is needed. `heads` are saved whole beside it (PEFT's modules_to_save). Raises
+    ValueError for an adapter without any component.
     """
     widest = max(ranks(adapter).values(), default=0)
     if widest == 0:
@@ -41,6 +52,8 @@ def write_peft_folder(adapter: LowRankState, folder: Path, facts: FolderFacts) -
         padded = add([delta, zeros(*delta.shape, widest - delta.rank)])
         tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.A.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.B.contiguous()
+    for module, parameters in heads.items():
+        tensors |= {f"{PREFIX}{module}.{name}": tensor.contiguous() for name, tensor in parameters.items()}
     config = LoraConfig(
         r=widest,
         lora_alpha=widest,
@@ -48,6 +61,7 @@ def write_peft_folder(adapter: LowRankState, folder: Path, facts: FolderFacts) -
         bias="none",
         task_type=facts.task_type,
         inference_mode=True,
+        modules_to_save=sorted(heads) or None,
         base_model_name_or_path=facts.base_name,
         fan_in_fan_out=facts.fan_in_fan_out,
     )

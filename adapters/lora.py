@@ -169,6 +169,22 @@ def attached(
             base.__dict__.pop(attribute, None)
 
 
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` computing as if no LoRA were attached, and again as before at the end.
+
+    PEFT's own `disable_adapter` turns gradients on for every active adapter when it ends, the frozen one too.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield model
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def _configs(spec: AdapterSpec | None, frozen: LowRankState | None) -> dict[str, LoraConfig]:
     configs = {} if spec is None else {LOCAL: spec.to_peft()}
     return configs | ({MERGED: frozen_config(frozen)} if frozen else {})
@@ -185,7 +201,6 @@ def frozen_config(adapter: LowRankState) -> LoraConfig:
         alpha_pattern=dict(pattern),
         target_modules=sorted(adapter),
         bias="none",
-        task_type="CAUSAL_LM",
     )
 
 

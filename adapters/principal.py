@@ -14,11 +14,14 @@ def principal_components(base: nn.Module, shapes: Shapes, rank: int) -> dict[str
     """Module -> (B = U √Σ, A = √Σ Vᵀ), the top `rank` components of its weight, by a full SVD in float32.
 
     Signs are fixed as in `compress`. They are computed once, on the server: an SVD is not the same on every machine.
+    Raises ValueError for a quantised weight.
     """
     return {module: _top(base.get_submodule(module), rank) for module in sorted(shapes)}
 
 
 def _top(layer: Any, rank: int) -> LowRankDelta:
+    if not layer.weight.is_floating_point():
+        raise ValueError(f"principal components need a base in floating point, got {layer.weight.dtype}: quantise none")
     weight = layer.weight.detach().float()
     weight = weight.T if isinstance(layer, Conv1D) else weight
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)

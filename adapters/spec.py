@@ -13,7 +13,8 @@ class AdapterSpec:
     """A LoRA in PEFT's terms. Raises ValueError for a rank below 1 or an alpha that is not positive.
 
     `target_modules` follows PEFT: "all-linear", a regular expression, or names that end a module's path.
-    `alpha` is PEFT's lora_alpha; the scaling s is alpha / rank, or alpha / √rank with `rslora`.
+    Modules in `exclude` are left out, whatever the targets say. `alpha` is PEFT's lora_alpha; the scaling s is
+    alpha / rank, or alpha / √rank with `rslora`.
     """
 
     rank: int
@@ -21,6 +22,7 @@ class AdapterSpec:
     target_modules: TargetModules
     rslora: bool = False
     dropout: float = 0.0
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -34,7 +36,7 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def to_peft(self) -> LoraConfig:
-        """The same as a PEFT configuration, for a causal language model."""
+        """The same as a PEFT configuration. It names no task: PEFT would train parts of its own choice for some."""
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return LoraConfig(
             r=self.rank,
@@ -43,7 +45,7 @@ class AdapterSpec:
             use_rslora=self.rslora,
             lora_dropout=self.dropout,
             bias="none",
-            task_type="CAUSAL_LM",
+            exclude_modules=list(self.exclude) or None,
         )
 
 

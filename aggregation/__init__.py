@@ -45,6 +45,7 @@ from corolla.aggregation.state import (
     Shapes,
 )
 from corolla.aggregation.weights import WEIGHTS, client_weights
+from corolla.aggregation.whole_modules import aggregate_round, only, without
 
 __all__ = [
     "AGGREGATORS",
@@ -72,6 +73,7 @@ __all__ = [
     "add",
     "add_adapters",
     "advance",
+    "aggregate_round",
     "build_method",
     "certify",
     "client_weights",
@@ -87,6 +89,7 @@ __all__ = [
     "measure_noise",
     "no_principal",
     "norm",
+    "only",
     "ranks",
     "scale",
     "scale_adapter",
@@ -95,6 +98,7 @@ __all__ = [
     "stack",
     "whole",
     "with_optimizer",
+    "without",
     "without_empty",
     "zeros",
 ]

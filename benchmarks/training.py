@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
@@ -12,7 +13,7 @@ from corolla.adapters import Base, attached, open_base
 from corolla.client.config import DataConfig, TrainConfig
 from corolla.client.data.generated import generate_tasks
 from corolla.client.tasks.causal_lm import TextExample, encode
-from corolla.client.training import as_dataset, train_round
+from corolla.client.training import train_round
 from corolla.server.config import Config
 from corolla.simulations.simulate import DEMO_CONFIG
 
@@ -71,7 +72,12 @@ def _bare(base: Base, config: Config, examples: list[TextExample]) -> None:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = SFTTrainer(model, arguments, train_dataset=as_dataset(examples), processing_class=base.tokenizer)
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list([example.features() for example in examples]),
+            processing_class=base.tokenizer,
+        )
         trainer.train()
     model.unload()
     base.model.__dict__.pop("peft_config", None)

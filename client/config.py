@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from corolla.adapters import DEMO, AdapterSpec
+from corolla.adapters import DEMO, AdapterSpec, Base, Head, open_base
 from corolla.client.tasks import TASKS
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -20,6 +20,12 @@ def parse_targets(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = json.loads(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def parse_labels(value: Any) -> Any:
+    """A JSON list of strings in a string, "" for none."""
+    value = json.loads(value) if isinstance(value, str) and value else value or ()
+    return tuple(str(label) for label in value) if isinstance(value, list | tuple) else value
 
 
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(parse_targets)]
@@ -44,10 +50,22 @@ class ModelConfig(Section):
 
     name: str = Field(DEMO, description="hub id, local folder, .gguf file, or the demo's alias")
     dtype: DType = Field("float32", description="precision that the base is opened in; recorded, not part of its hash")
-    device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    device: str = Field(
+        "auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …, or balanced: over several GPUs"
+    )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none", description="how the base's linear weights are held: by bitsandbytes, in 4 or 8 bits"
+    )
+    attention: str = Field("auto", description="attention implementation: auto, sdpa, eager, flash_attention_2 …")
     hash: str | None = Field(
         None, description="the base's SHA-256 that every client must have; taken from the base if unset"
     )
+
+    def open(self, head: Head) -> Base:
+        """The base with this head. Raises what `open_base` raises."""
+        return open_base(
+            self.name, self.dtype, self.device, head=head, quantization=self.quantization, attention=self.attention
+        )
 
 
 class DataConfig(Section):
@@ -70,6 +88,9 @@ class DataConfig(Section):
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's; plain: prompt, newline"
     )
+    labels: Annotated[tuple[str, ...], BeforeValidator(parse_labels)] = Field(
+        (), description="classification: the labels, in an order that all clients share"
+    )
     system: str | None = Field(None, description="system message before every prompt; unset: what the template does")
     probe: int = Field(8, ge=1, description="held-out examples whose loss is taken before and after local training")
     max_new_tokens: int = Field(32, ge=1, description="longest answer in evaluation, in tokens")
@@ -89,10 +110,12 @@ class AdapterConfig(Section):
     init: Literal["shared", "independent"] = Field("shared", description="whether clients share their fresh rows of A")
     init_from: str | None = Field(None, description="a PEFT adapter folder: the starting point of the global model")
 
-    def spec(self, rank: int, targets: str | tuple[str, ...] | None = None) -> AdapterSpec:
-        """The LoRA of a client of `rank`, on its own target modules where it has them."""
+    def spec(
+        self, rank: int, targets: str | tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+    ) -> AdapterSpec:
+        """The LoRA of a client of `rank`, on its own target modules where it has them, but not on those excluded."""
         alpha = self.alpha or self.scaling * (math.sqrt(rank) if self.rslora else rank)
-        return AdapterSpec(rank, alpha, targets or self.target_modules, self.rslora, self.dropout)
+        return AdapterSpec(rank, alpha, targets or self.target_modules, self.rslora, self.dropout, exclude)
 
 
 class TrainConfig(Section):
@@ -112,6 +135,7 @@ class TrainConfig(Section):
     local_steps: int | None = Field(None, ge=1, description="optimizer steps a round; set this or local_epochs")
     local_epochs: float | None = Field(None, gt=0, description="passes over the client's data a round")
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are left out and counted")
+    beta: float = Field(0.1, gt=0, description="preference: how strongly DPO holds on to the base")
     dtype: DType = Field("float32", description="autocast precision of training; adapters stay in float32")
 
     @field_validator("task")
@@ -215,3 +239,13 @@ class ClientSettings(Section):
     rounds: int = Field(ge=1, description="rounds of the whole run, which the schedule spans")
     seed: int = 0
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: every core this process may use")
+
+    @property
+    def head(self) -> Head:
+        """What the base ends with. Raises ValueError for labels that do not fit the task."""
+        return head_of(self.train, self.data)
+
+
+def head_of(train: TrainConfig, data: DataConfig) -> Head:
+    """The head that a task needs. Raises ValueError for labels that do not fit it."""
+    return Head(TASKS[train.task].head, data.labels)

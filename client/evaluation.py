@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from corolla.adapters import Base
+from corolla.client.tasks.scores import by_group
 from corolla.client.tasks.task import IGNORED
 
 BATCH = 32
@@ -23,15 +24,9 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """exact_match (0..1) with its number of examples, and both per group: `exact_match/<group>`."""
-        hits: dict[str, list[bool]] = {}
-        for example, answer in zip(self.examples, self.answers, strict=True):
-            hits.setdefault(example.group, []).append(answer.strip() == example.completion.strip())
-        every = [hit for group in hits.values() for hit in group]
-        metrics = {"exact_match": sum(every) / len(every), "examples": float(len(every))}
-        for group in sorted(filter(None, hits)):
-            metrics[f"exact_match/{group}"] = sum(hits[group]) / len(hits[group])
-            metrics[f"examples/{group}"] = float(len(hits[group]))
-        return metrics
+        pairs = zip(self.examples, self.answers, strict=True)
+        hits = [float(answer.strip() == example.completion.strip()) for example, answer in pairs]
+        return by_group("exact_match", hits, [example.group for example in self.examples])
 
 
 def answer_all(model: Any, base: Base, examples: Sequence[Any], max_new_tokens: int) -> Evaluation:
@@ -54,10 +49,17 @@ def _batches(examples: Sequence[Any]) -> Iterator[list[int]]:
         yield order[first : first + BATCH]
 
 
-@torch.no_grad()
 def mean_loss(model: Any, base: Base, examples: Sequence[Any]) -> float:
     """Mean negative log-likelihood per answer token (the end token included), in nats."""
-    total, count = 0.0, 0
+    found = answer_log_probs(model, base, examples)
+    return -sum(found) / max(1, sum(example.learned for example in examples))
+
+
+@torch.no_grad()
+def answer_log_probs(model: Any, base: Base, examples: Sequence[Any]) -> list[float]:
+    """Σ log p(answer token | what stands before it) of each example, in nats, in their order."""
+    model.eval()
+    found = [0.0] * len(examples)
     for positions in _batches(examples):
         batch = [examples[i] for i in positions]
         width = max(len(e.input_ids) for e in batch)
@@ -69,11 +71,12 @@ def mean_loss(model: Any, base: Base, examples: Sequence[Any]) -> float:
         )
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         targets = labels[:, 1:]
-        total += float(
-            torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum")
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
         )
-        count += int((targets != IGNORED).sum())
-    return total / max(count, 1)
+        for position, loss in zip(positions, losses.double().sum(1).tolist(), strict=True):
+            found[position] = -loss
+    return found
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One client: what it answers to hello, train and evaluate. No Flower here, so a test or a notebook can call it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,22 +15,19 @@ from corolla.adapters import (
     attached,
     carrying,
     dense_beside,
-    open_base,
+    head_shapes,
     read_adapter,
     read_dense,
     tail_penalty,
     target_shapes,
 )
-from corolla.aggregation import DenseDelta, FreshRows, Shapes, fill_adapter, low_rank
-from corolla.client.config import ClientSettings, client_name, parse_targets
+from corolla.aggregation import Delta, DenseDelta, FreshRows, Shapes, fill_adapter, low_rank, only, without
+from corolla.client.config import ClientSettings, ModelConfig, client_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
-from corolla.client.protocol import Assignment, Hello, Reply
+from corolla.client.protocol import WHOLE, Assignment, Hello, Reply
 from corolla.client.seeding import seed_of
 from corolla.client.tasks import Task, find_task
 from corolla.client.training import train_round
-
-WHOLE = "W"
-"""The order's `trains` for full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,15 @@ class Client:
         return find_task(self.settings.train.task)
 
     def spec(self, rank: int) -> AdapterSpec:
-        """The LoRA that it attaches at `rank`."""
-        return self.settings.adapter.spec(rank, self.targets)
+        """The LoRA that it attaches at `rank`, on everything but its head."""
+        return self.settings.adapter.spec(rank, self.targets, tuple(self._heads()))
+
+    def _heads(self) -> Shapes:
+        return head_shapes(self.base.model, self.base.head)
 
     def hello(self) -> Hello:
         """Who it is."""
-        return Hello(self.client_id, self.rank, self.base.hash, len(self.data.train), self._shapes())
+        return Hello(self.client_id, self.rank, self.base.hash, len(self.data.train), self._shapes(), self._heads())
 
     def _shapes(self) -> Shapes:
         return _target_shapes(self.base, self.spec(1))
@@ -77,7 +77,8 @@ class Client:
                 model, self.base, settings.train, examples, order.round, settings.rounds, seed, penalty
             )
             metrics["loss_after"] = self._probe_loss(model)
-            adapter = read_dense(model, LOCAL) if order.trains == WHOLE else read_adapter(model)
+            factors = {} if order.trains == WHOLE else read_adapter(model)
+            adapter: dict[str, Delta] = {**factors, **read_dense(self.base.model, LOCAL)}
         return Reply(
             self.client_id,
             order.round,
@@ -92,20 +93,28 @@ class Client:
 
     @contextmanager
     def _trainable(self, assignment: Assignment) -> Iterator[Any]:
-        """The base with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights."""
+        """The base with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights.
+
+        A classifier's head is trained whole in both cases, from no change at all.
+        """
         order, shapes = assignment.order, self._shapes()
-        if order.trains == WHOLE:
-            begin = {module: DenseDelta(torch.zeros(shape)) for module, shape in shapes.items()}
-            with carrying(self.base.model, assignment.frozen) as model, dense_beside(model, begin, LOCAL, trains=True):
-                yield model
-            return
+        whole = {**shapes, **self._heads()} if order.trains == WHOLE else self._heads()
+        nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in whole.items()}
+        with ExitStack() as stack:
+            if order.trains == WHOLE:
+                model = stack.enter_context(carrying(self.base.model, assignment.frozen))
+            else:
+                stack.enter_context(carrying(self.base.model, only(assignment.frozen, whole)))
+                model = stack.enter_context(self._lora(assignment))
+            stack.enter_context(dense_beside(self.base.model, nothing, LOCAL, trains=True))
+            yield model
+
+    def _lora(self, assignment: Assignment) -> AbstractContextManager[Any]:
+        order, frozen = assignment.order, low_rank(without(assignment.frozen, self._heads()))
         independent = self.settings.adapter.init == "independent"
         fresh = FreshRows(order.seed, order.fresh_round, self.client_id if independent else "")
-        start = fill_adapter(assignment.start, shapes, order.rank, fresh)
-        with attached(
-            self.base.model, self.spec(order.rank), start, low_rank(assignment.frozen), order.trains
-        ) as model:
-            yield model
+        start = fill_adapter(assignment.start, self._shapes(), order.rank, fresh)
+        return attached(self.base.model, self.spec(order.rank), start, frozen, order.trains)
 
     def evaluate(self, assignment: Assignment) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
@@ -142,22 +151,22 @@ def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
 def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     """The client that a node is, from the server's settings and the node's own configuration.
 
-    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `data` and `held-out`;
-    `partition-id` says which part of the data it holds where several share one file. Raises ValueError where the
-    ranks are left to the nodes and this one gives none.
+    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `quantization`, `data` and
+    `held-out`; `partition-id` says which part of the data it holds where several share one file. Raises ValueError
+    where the ranks are left to the nodes and this one gives none.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
     data = settings.data.model_copy(update={k: str(v) for k, v in own.items() if v})
-    model = settings.model.model_copy(update={k: str(node[k]) for k in ("device",) if k in node})
-    name = str(node.get("model", model.name))
+    here = {"name": node.get("model"), "device": node.get("device"), "quantization": node.get("quantization")}
+    model = ModelConfig.model_validate(settings.model.model_dump() | {k: str(v) for k, v in here.items() if v})
     client_id = str(node.get("name", client_name(partition)))
     rank = node.get("rank", settings.clients.rank(partition))
     if rank is None:
         raise ValueError(
             f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
         )
-    base = open_base(name, model.dtype, model.device)
+    base = model.open(settings.head)
     targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
     examples = _load_data(base, client_id, partition, settings.model_copy(update={"data": data}))
     return Client(client_id, int(rank), targets, base, examples, settings.model_copy(update={"data": data}))

@@ -31,16 +31,19 @@ STYPE = "corolla.factor.v1"
 
 HELLO = "query.hello"
 
+WHOLE = "W"
+"""The name of a whole change of weight, which always travels."""
+
 LARGEST = 2**24
 """No weight matrix has a longer side: what a client says it has is not taken on trust."""
 
 
-def pack_adapter(adapter: AdapterState, names: str = "ABW") -> ArrayRecord:
-    """The tensors by `<module>/A` and `<module>/B`, or `<module>/W`; of these, those in `names`."""
+def pack_adapter(adapter: AdapterState, names: str = "AB") -> ArrayRecord:
+    """The tensors by `<module>/A` and `<module>/B`, as far as they are in `names`, or `<module>/W`."""
     arrays = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():
-            if name not in names:
+            if name not in names + WHOLE:
                 continue
             array = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
             arrays[f"{module}/{name}"] = Array(
@@ -80,24 +83,30 @@ def adapter_bytes(record: ArrayRecord) -> int:
 
 @dataclass(frozen=True)
 class Hello:
-    """Who a node is: its name, the rank it declares (0: the server's choice), its base, its data and its modules."""
+    """Who a node is: its name, the rank it declares, its base, its data and its modules.
+
+    `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that it trains whole (one column
+    more where they have a bias).
+    """
 
     client_id: str
     rank: int
     base_hash: str
     num_examples: int
     shapes: Shapes
+    heads: Shapes = field(default_factory=dict)
 
     def pack(self) -> RecordDict:
         """As the content of a reply to `query.hello`."""
-        values = asdict(self) | {"shapes": json.dumps({m: list(s) for m, s in self.shapes.items()})}
+        named = {name: getattr(self, name) for name in ("shapes", "heads")}
+        values = asdict(self) | {n: json.dumps({m: list(s) for m, s in v.items()}) for n, v in named.items()}
         return RecordDict({"hello": ConfigRecord(values)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
         """Raises ValueError where the record is missing, incomplete, or says something impossible."""
         values = _record(content, "hello", cls)
-        return cls(**(values | {"shapes": _shapes(json.loads(values["shapes"]))}))
+        return cls(**(values | {name: _shapes(name, json.loads(values[name])) for name in ("shapes", "heads")}))
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def share_digest(frozen: AdapterState, start: LowRankState) -> str:
 class Reply:
     """What `train` brings back: the adapter, what it was trained from, and numbers. No example leaves the client.
 
-    Of the adapter, the tensors in `trains` travel: the server has the others.
+    Of the factors, those in `trains` travel: the server has the others.
     """
 
     client_id: str
@@ -188,7 +197,7 @@ class Reply:
     def unpack(cls, content: RecordDict, held: LowRankState = {}) -> Self:  # noqa: B006  (only read)
         """The reply, its fixed factors taken from `held`. Raises ValueError for a record missing or out of shape."""
         record, receipt = _arrays(content, "adapter"), _record(content, "receipt", cls)
-        if odd := [key for key in record if key.rpartition("/")[2] not in receipt["trains"]]:
+        if odd := [key for key in record if key.rpartition("/")[2] not in receipt["trains"] + WHOLE]:
             raise ValueError(f"the adapter must hold {receipt['trains']} alone, got {odd[0]!r}")
         return cls(**receipt, adapter=unpack_adapter(record, held), metrics=unpack_metrics(content))
 
@@ -206,14 +215,14 @@ def unpack_metrics(content: RecordDict) -> dict[str, float]:
     return {name: float(value) for name, value in record.items()}
 
 
-def _shapes(value: Any) -> dict[str, tuple[int, int]]:
+def _shapes(name: str, value: Any) -> dict[str, tuple[int, int]]:
     """Module -> (out, in), each from 1 to LARGEST."""
     if not isinstance(value, dict):
-        raise ValueError(f"hello.shapes must be modules with (out, in), got {type(value).__name__}")
+        raise ValueError(f"hello.{name} must be modules with (out, in), got {type(value).__name__}")
     for module, shape in value.items():
         sound = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
         if not sound or not all(1 <= n <= LARGEST for n in shape):
-            raise ValueError(f"hello.shapes.{module} must be (out, in) from 1 to {LARGEST}, got {shape!r}")
+            raise ValueError(f"hello.{name}.{module} must be (out, in) from 1 to {LARGEST}, got {shape!r}")
     return {str(module): (shape[0], shape[1]) for module, shape in value.items()}
 
 

@@ -44,7 +44,7 @@ def train_round(
         trainer = task.trainer(
             model=model,
             args=task.arguments(**_arguments(config, steps, seed, folder, cuda), **task.options(config)),
-            train_dataset=as_dataset(examples),
+            train_dataset=Dataset.from_list(task.rows(model, base, examples)),
             data_collator=task.collator(base, config) if task.collator else None,
             processing_class=base.tokenizer,
             first_step=(round_number - 1) * steps,
@@ -64,11 +64,6 @@ def train_round(
         "seconds": time.perf_counter() - began,
     }
     return metrics | {"peak_memory_mib": _peak_memory(base.device) / 2**20}
-
-
-def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """The examples' features, in their order."""
-    return Dataset.from_list([example.features() for example in examples])
 
 
 def _peak_memory(device: torch.device) -> int:

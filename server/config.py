@@ -18,6 +18,7 @@ from corolla.client.config import (
     ModelConfig,
     Section,
     TrainConfig,
+    head_of,
 )
 
 
@@ -128,8 +129,14 @@ class Config(Section):
                 f"aggregation.method = 'fr-lora' keeps −S in its merged part, got aggregation.{found[0]}, which would "
                 "cut it: leave it out"
             )
+        if self.aggregation.method == "full" and self.model.quantization != "none":
+            raise ValueError(
+                f"aggregation.method = 'full' trains the weights themselves, got model.quantization = "
+                f"{self.model.quantization!r}: use 'none', or another method"
+            )
         if self.aggregation.noise and self.aggregation.method == "full":
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
+        head_of(self.train, self.data)
         method.require(self.clients.by_name(), {})
         return self
 

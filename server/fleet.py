@@ -82,7 +82,7 @@ class Fleet:
                 self._refuse(hello.client_id, str(error))
                 continue
             self._nodes[hello.client_id], self.clients[hello.client_id] = node_id, hello
-            self._shapes |= hello.shapes
+            self._shapes |= {**hello.shapes, **hello.heads}
 
     def _refuse(self, who: str, reason: str) -> None:
         log(30, "%s is refused: %s", who, reason)
@@ -93,7 +93,7 @@ def _common_shapes(hellos: Iterable[Hello]) -> dict[str, tuple[int, int]]:
     """Each module's shape as most clients have it: one client that is wrong must not speak for all."""
     found: dict[str, list[tuple[int, int]]] = {}
     for hello in hellos:
-        for module, shape in hello.shapes.items():
+        for module, shape in {**hello.shapes, **hello.heads}.items():
             found.setdefault(module, []).append(shape)
     return {module: _most_common(shapes, shapes[0]) for module, shapes in found.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.common.logger import log
 
-from corolla.aggregation import ClientShare, FreshRows, LowRankState, Slots, fill_adapter
+from corolla.aggregation import ClientShare, FreshRows, LowRankState, Slots, fill_adapter, only, without
 from corolla.client.protocol import Order, Reply, adapter_bytes
 from corolla.server.fleet import Fleet
 from corolla.server.validation import Rejected, check_reply
@@ -66,8 +66,12 @@ class OpenRound:
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
 
     def _in_place(self, client: str, reply: Reply) -> Reply:
-        """The reply with its factors in the round's stack, so that its message can go; not for whole weights."""
-        return replace(reply, adapter=self.slots.put(client, reply.adapter)) if self.slots else reply
+        """The reply with its factors in the round's stack, so that its message can go; whole weights stay."""
+        if not self.slots:
+            return reply
+        heads = self.fleet.clients[client].heads
+        placed = self.slots.put(client, without(reply.adapter, heads))
+        return replace(reply, adapter={**placed, **only(reply.adapter, heads)})
 
     def _accept(self, message: Message, client: str) -> Reply:
         if client not in self._orders:

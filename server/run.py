@@ -21,7 +21,6 @@ from corolla.adapters import (
     base_hash,
     export_adapter,
     find_base,
-    open_base,
     principal_components,
     read_peft_folder,
     write_peft_folder,
@@ -37,6 +36,7 @@ from corolla.aggregation import (
     whole,
     without_empty,
 )
+from corolla.client.config import head_of
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import Checkpoint, RunFolder
 from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling, weighted_mean
@@ -144,7 +144,7 @@ def build_strategy(
         download=download,
         noise=judge if aggregation.noise else None,
         evaluate=run.evaluate,
-        base_hash=config.model.hash or _own_base_hash(config.model.name),
+        base_hash=_base_hash(config),
         principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
@@ -155,17 +155,18 @@ def build_strategy(
     )
 
 
-def _own_base_hash(name: str) -> str:
-    """The hash of the base where this machine has it; empty (what most clients have counts) where it has not."""
+def _base_hash(config: Config) -> str:
+    """The base's identity, from model.hash or from this machine's base; empty (most clients' counts) without both."""
+    head = head_of(config.train, config.data)
     try:
-        return base_hash(find_base(name))
+        return head.identity(config.model.hash or base_hash(find_base(config.model.name)))
     except FileNotFoundError as error:
         log(30, "the server has no base of its own, so the clients' counts: %s", error)
         return ""
 
 
 def _base(config: Config) -> Base:
-    return open_base(config.model.name, config.model.dtype, config.model.device)
+    return config.model.open(head_of(config.train, config.data))
 
 
 def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path:
@@ -174,19 +175,20 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
     What is no adapter (full fine-tuning) stays in the checkpoint: `corolla export --merged` makes a model of it.
     """
     target = folder.path / "adapter"
-    if any(isinstance(delta, DenseDelta) for delta in adapter.values()):
+    if config.aggregation.method == "full":
         log(20, "whole weights are no adapter: export the checkpoint with --merged")
         return folder.path
-    factors = low_rank(without_empty(compress_adapter(adapter, Budget())[0]))
+    small = without_empty(compress_adapter(adapter, Budget())[0])
     try:
         base = _base(config)
-    except FileNotFoundError as error:
-        log(30, "the adapter is written but not proven, for want of the base: %s", error)
-        return write_peft_folder(factors, target, FolderFacts(config.model.name))
+    except (FileNotFoundError, ImportError) as error:
+        log(30, "the adapter is written without a head and not proven, for want of the base: %s", error)
+        factors = {module: delta for module, delta in small.items() if not isinstance(delta, DenseDelta)}
+        return write_peft_folder(low_rank(factors), target, FolderFacts(config.model.name))
     log(
         20,
         "adapter exported; its logits differ by %.1e from the running model's",
-        export_adapter(base, factors, target),
+        export_adapter(base, small, target),
     )
     return target
 

@@ -6,7 +6,7 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from corolla.aggregation import (
     adapter_norm,
     add_adapters,
     advance,
+    aggregate_round,
     build_method,
     client_weights,
     cut,
@@ -37,6 +38,7 @@ from corolla.aggregation import (
     scale_adapter,
     share,
     whole,
+    without,
 )
 from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
@@ -289,13 +291,13 @@ class FederatedLoRA(Strategy):
         before = self._model()
         try:
             weights = client_weights(updates, self.weights)
-            outcome = self.method.aggregate(updates, weights, before)
+            outcome = aggregate_round(self.method, updates, weights, before, self._heads())
             after, proof = advance(before, outcome, self.budget)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ArithmeticError(str(error)) from error
         if not (after.is_finite() and math.isfinite(proof.error)):
             raise ArithmeticError("the outcome of sound replies must be finite, got NaN or infinity")
-        noise = self.noise(updates, weights, before) if self.noise else {}
+        noise = self._measure_noise(updates, weights, before) if self.noise else {}
         self.model = after
         for client, weight in weights.items():
             self._round.clients[client]["weight"] = weight
@@ -304,6 +306,19 @@ class FederatedLoRA(Strategy):
         parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
         facts |= {f"{name}_rank": max(ranks(part).values(), default=0) for name, part in parts.items()}
         return noise
+
+    def _heads(self) -> set[str]:
+        """The modules that clients train whole."""
+        return {module for hello in self.fleet.clients.values() for module in hello.heads}
+
+    def _measure_noise(
+        self, updates: list[ClientUpdate], weights: Mapping[str, float], before: GlobalModel
+    ) -> Mapping[str, Any]:
+        """The noise of the adapters alone: heads are averaged by every method."""
+        heads = self._heads()
+        bodies = [replace(update, adapter=without(update.adapter, heads)) for update in updates]
+        model = replace(before, merged=without(before.merged, heads))
+        return self.noise(bodies, weights, model) if self.noise else {}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -6,7 +6,7 @@ import re
 import torch
 
 from corolla.aggregation import Delta, DenseDelta, Shapes
-from corolla.client.protocol import Hello, Order, Reply
+from corolla.client.protocol import WHOLE, Hello, Order, Reply
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 """Names become parts of file names and of reports."""
@@ -39,17 +39,18 @@ def check_reply(reply: Reply, hello: Hello, order: Order) -> None:
         raise Rejected(
             f"num_examples must be at least 1 and processed at least 0, got {reply.num_examples} and {reply.processed}"
         )
-    if reply.adapter.keys() != hello.shapes.keys():
-        odd = sorted(reply.adapter.keys() ^ hello.shapes.keys())
+    shapes = {**hello.shapes, **hello.heads}
+    if reply.adapter.keys() != shapes.keys():
+        odd = sorted(reply.adapter.keys() ^ shapes.keys())
         raise Rejected(f"modules must be those of the client's hello, got a difference in {', '.join(odd[:4])}")
     for module, delta in reply.adapter.items():
-        if isinstance(delta, DenseDelta) != (order.trains == "W"):
-            wanted = "whole weights" if order.trains == "W" else "factors A and B"
+        whole = order.trains == WHOLE or module in hello.heads
+        if isinstance(delta, DenseDelta) != whole:
+            wanted = "whole weights" if whole else "factors A and B"
             raise Rejected(f"{module} must come as {wanted}, got {'+'.join(delta.tensors())}")
-        if delta.shape != hello.shapes[module] or (order.trains != "W" and delta.rank != order.rank):
+        if delta.shape != shapes[module] or (not whole and delta.rank != order.rank):
             raise Rejected(
-                f"{module} must have shape {hello.shapes[module]} and rank {order.rank}, "
-                f"got {delta.shape} and {delta.rank}"
+                f"{module} must have shape {shapes[module]} and rank {order.rank}, got {delta.shape} and {delta.rank}"
             )
         if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
             raise Rejected(f"{module} must be finite, got NaN or infinity")
@@ -78,6 +79,8 @@ def check_hello(hello: Hello, base_hash: str, shapes: Shapes) -> None:
     widest = max(max(shape) for shape in hello.shapes.values())
     if hello.rank > widest:
         raise Rejected(f"rank must be at most {widest}, the longest side of the client's modules, got {hello.rank}")
-    for module, shape in hello.shapes.items():
+    if both := sorted(hello.shapes.keys() & hello.heads.keys()):
+        raise Rejected(f"a module is adapted or trained whole, got both for {both[0]}")
+    for module, shape in {**hello.shapes, **hello.heads}.items():
         if shape != shapes.get(module, shape):
             raise Rejected(f"{module} must have shape {shapes[module]}, as other clients have it, got {shape}")

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from corolla.adapters import carrying
-from corolla.aggregation import AdapterState, Budget, ClientUpdate, GlobalModel, advance, build_method, share, whole
+from corolla.aggregation import (
+    AdapterState,
+    Budget,
+    ClientUpdate,
+    GlobalModel,
+    advance,
+    aggregate_round,
+    build_method,
+    share,
+    whole,
+)
 from corolla.client.local import Client
 from corolla.client.protocol import Assignment, Order, share_digest
 from corolla.server.folder import RunFolder
@@ -92,7 +102,8 @@ def train_alone(
         if reply is None or folder.config().aggregation.method != "flora" or folder.config().adapter.init_from:
             reply = train_once(client, model, line["round"])
             on_step("train")
-        outcome = method.aggregate([ClientUpdate(client.client_id, 1, reply)], {client.client_id: 1.0}, model)
+        update = ClientUpdate(client.client_id, 1, reply)
+        outcome = aggregate_round(method, [update], {client.client_id: 1.0}, model, set(client.hello().heads))
         model, _ = advance(model, outcome, Budget())
     return model
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corolla.adapters import Base, carrying, export_adapter, export_merged, open_base
+from corolla.adapters import Base, carrying, export_adapter, export_merged
 from corolla.aggregation import (
     AdapterState,
     Budget,
-    DenseDelta,
     adapter_norm,
     compress_adapter,
     ranks,
@@ -18,6 +17,7 @@ from corolla.aggregation import (
     without_empty,
 )
 from corolla.client.app import use_threads
+from corolla.client.config import head_of
 from corolla.client.data import encode_rows, read_rows
 from corolla.client.tasks import find_task
 from corolla.server.config import Config
@@ -50,9 +50,11 @@ def export_checkpoint(
         raise FileExistsError(f"--out must be a new folder, got {out} with files in it")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"--energy must be in (0, 1], got {energy}: 0.99 keeps 99 % of the squared norm")
-    _, base, adapter = _open(run, round_number)
-    if not merged and any(isinstance(delta, DenseDelta) for delta in adapter.values()):
-        raise ValueError(f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged")
+    config, base, adapter = _open(run, round_number)
+    if config.aggregation.method == "full" and (not merged or rank or energy):
+        raise ValueError(
+            f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged, without a cut"
+        )
     budget = Budget(rank, (1 - energy) ** 0.5 if energy is not None else 0.0)
     small, lost = compress_adapter(adapter, budget)
     small = without_empty(small)
@@ -92,7 +94,7 @@ def _open(run: Path, round_number: int | None) -> tuple[Config, Base, AdapterSta
     config = folder.config()
     use_threads(config.run.threads)
     checkpoint = folder.load(round_number)
-    base = open_base(config.model.name, config.model.dtype, config.model.device)
+    base = config.model.open(head_of(config.train, config.data))
     if base.hash != checkpoint.model.base_hash:
         raise ValueError(
             f"the run was made on the base {checkpoint.model.base_hash}, got {base.hash} from {config.model.name}"

@@ -55,6 +55,8 @@ def encode_rows(config: DataConfig, task: Task, tokenizer: Any, rows: Iterable[R
 
 
 def _canonical(config: DataConfig, row: Row) -> Row:
+    if config.completion not in row:
+        return row
     return {
         "prompt": row[config.prompt],
         "completion": row[config.completion],
@@ -87,7 +89,11 @@ def read_rows(path: str, config: DataConfig) -> Dataset:
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"data needs a JSONL file, got {path}: no such file")
     rows = load_dataset("json", data_files=str(Path(path).expanduser()), split="train", cache_dir=None)
-    for column in (config.prompt, config.completion):
+    for column in (
+        (config.prompt, config.completion)
+        if config.completion in rows.column_names or "question" in rows.column_names
+        else ()
+    ):
         if column not in rows.column_names:
             raise ValueError(
                 f"rows of {path} need columns {config.prompt!r} and {config.completion!r}, got {rows.column_names}: "

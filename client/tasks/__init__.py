@@ -5,21 +5,33 @@ A new task is a file like the others and a line in `TASKS`.
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from corolla.client.tasks.task import Example, Row, Task
 
-TASKS: Mapping[str, str] = {
-    "causal-lm": "corolla.client.tasks.causal_lm",
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a task is (the module whose `TASK` it is), and what others must know without importing its trainer."""
+
+    module: str
+    head: str
+
+
+TASKS: Mapping[str, Entry] = {
+    "causal-lm": Entry("corolla.client.tasks.causal_lm", "causal-lm"),
+    "classification": Entry("corolla.client.tasks.classification", "classification"),
+    "preference": Entry("corolla.client.tasks.preference", "causal-lm"),
 }
-"""Task name -> the module whose `TASK` it is; imported when it is used, since trainers take seconds to import."""
+"""The tasks by name, each with the head that its base has (`corolla.adapters.heads.HEADS`)."""
 
 
 def find_task(name: str) -> Task:
     """The task of that name. Raises ValueError, listing the right names, for any other."""
     if name not in TASKS:
         raise ValueError(f"train.task must be one of {', '.join(TASKS)}, got {name!r}")
-    task: Task = importlib.import_module(TASKS[name]).TASK
+    task: Task = importlib.import_module(TASKS[name].module).TASK
     return task
 
 
-__all__ = ["TASKS", "Example", "Row", "Task", "find_task"]
+__all__ = ["TASKS", "Entry", "Example", "Row", "Task", "find_task"]

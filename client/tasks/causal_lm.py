@@ -147,7 +147,6 @@ def _options(train: TrainConfig) -> dict[str, Any]:
 
 TASK = Task(
     name="causal-lm",
-    head="causal-lm",
     formats=("prompt-completion", "chat", "text"),
     encode=encode,
     trainer=CausalTrainer,

@@ -37,21 +37,24 @@ class Example(Protocol):
         """Name -> (token ids, which of them the loss sees), to show a person."""
 
 
+def _features(model: Any, base: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
+    return [example.features() for example in examples]
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of learning.
 
-    `head` is that of the base (`corolla.adapters.HEADS`); `formats` are the kinds of rows that it takes
-    (`corolla.client.data.formats`). `encode(tokenizer, data, row)` is an Example. `trainer` and `arguments` are
-    transformers' Trainer and TrainingArguments or heirs of theirs, the trainer with `SpansRounds` before them;
-    `options(train)` are arguments of its own, `collator(base, train)` makes batches (None: the trainer's own).
+    `formats` are the kinds of rows that it takes (`corolla.client.data.formats`). `encode(tokenizer, data, row)` is an
+    Example. `trainer` and `arguments` are transformers' Trainer and TrainingArguments or heirs of theirs, the trainer
+    with `SpansRounds` before them; `rows(model, base, examples)` are its dataset (by default the examples' features),
+    `options(train)` arguments of its own, `collator(base, train)` makes batches (None: the trainer's own).
     `evaluate(model, base, examples, data)` are metrics: `held_out_loss`, `examples`, and `score`, between 0 and 1, with
     `<score>/<group>` and `examples/<group>` where examples have groups. `mean_loss(model, base, examples)` is the loss
     alone, in nats; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
     """
 
     name: str
-    head: str
     formats: tuple[str, ...]
     encode: "Callable[[Any, DataConfig, Row], Any]"
     trainer: type
@@ -61,4 +64,5 @@ class Task:
     answer: "Callable[[Any, Base, Sequence[Any], DataConfig], list[str]]"
     score: str
     options: "Callable[[TrainConfig], dict[str, Any]]" = lambda train: {}
+    rows: "Callable[[Any, Base, Sequence[Any]], list[dict[str, Any]]]" = _features
     collator: "Callable[[Base, TrainConfig], Any] | None" = None
