@@ -77,6 +77,7 @@ class DataConfig(Section):
     held_out: str | None = Field(
         None, description="a JSONL file of held-out examples; unset: a part of the training rows"
     )
+    server_held_out: str | None = Field(None, description="a file of held-out examples that the server evaluates on")
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="that part, where held_out is unset")
     prompt: str = Field("prompt", description="column with the prompt")
     completion: str = Field("completion", description="column with the answer")

@@ -5,9 +5,9 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from corolla.aggregation import AGGREGATORS, OPTIMIZERS, WEIGHTS, Method, build_method, with_optimizer
 from corolla.client.config import (
@@ -20,6 +20,7 @@ from corolla.client.config import (
     TrainConfig,
     head_of,
 )
+from corolla.server.trackers import TRACKERS, parse_names
 
 
 class ConfigError(ValueError):
@@ -91,6 +92,14 @@ class RunConfig(Section):
     ray_cpus: int = Field(1, ge=1, description="CPUs of one client on Ray")
     ray_gpus: float = Field(0.0, ge=0, description="part of a GPU of one client on Ray")
     threads: int = Field(0, ge=0, description="CPU threads of torch in server and clients; 0: every core")
+    trackers: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (), description=f"who gets every line's numbers: one or a list of {', '.join(TRACKERS)}"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_one_of(name, TRACKERS) for name in dict.fromkeys(value))
 
 
 def _one_of(value: str, registry: Mapping[str, Any]) -> str:
@@ -113,6 +122,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         method = self.aggregation.build()
+        if self.data.server_held_out and self.run.evaluate == "never":
+            raise ValueError(
+                "data.server_held_out is evaluated when run.evaluate says so, got run.evaluate = 'never': use 'ends' "
+                "or 'each'"
+            )
         if self.adapter.init == "independent" and method.common_start:
             raise ValueError(
                 f"adapter.init = 'independent' needs clients that draw their own A, got aggregation.method = "
@@ -144,7 +158,7 @@ class Config(Section):
         """What clients are told."""
         return ClientSettings(
             model=self.model,
-            data=self.data,
+            data=self.data.model_copy(update={"server_held_out": None}),  # the server's own
             adapter=self.adapter,
             train=self.train,
             clients=self.clients,

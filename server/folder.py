@@ -44,7 +44,7 @@ class RunFolder:
                 raise FileExistsError(
                     f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite"
                 )
-            for old in (path / "checkpoints", path / "adapter", path / "replies"):
+            for old in (path / "checkpoints", path / "adapter", path / "replies", path / "trackers"):
                 shutil.rmtree(old, ignore_errors=True)
             for name in (METRICS, RUN, CONFIG, "best.json"):
                 (path / name).unlink(missing_ok=True)

@@ -37,9 +37,13 @@ from corolla.aggregation import (
     without_empty,
 )
 from corolla.client.config import head_of
+from corolla.client.tasks import TASKS
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import Checkpoint, RunFolder
-from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling, weighted_mean
+from corolla.server.held_out import Judge, open_judge
+from corolla.server.scores import average
+from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling
+from corolla.server.trackers import tracking
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with each line as it is written to metrics.jsonl."""
@@ -48,8 +52,8 @@ Progress = Callable[[Mapping[str, Any]], None]
 class Recorder:
     """Puts each round and each evaluation into the run's folder as it happens."""
 
-    def __init__(self, folder: RunFolder, config: Config, progress: Progress) -> None:
-        self.folder, self.config, self.progress = folder, config, progress
+    def __init__(self, folder: RunFolder, config: Config, progress: Progress, judge: Judge | None = None) -> None:
+        self.folder, self.config, self.progress, self.judge = folder, config, progress, judge
 
     def round(self, record: RoundRecord, model: GlobalModel, replies: Mapping[str, AdapterState]) -> None:
         """The round's replies if they are kept, its checkpoint and line; then old checkpoints go."""
@@ -63,14 +67,17 @@ class Recorder:
         self.progress(line)
 
     def evaluation(
-        self, round_number: int, clients: Mapping[str, Mapping[str, float]], failed: Mapping[str, str]
+        self,
+        round_number: int,
+        clients: Mapping[str, Mapping[str, float]],
+        failed: Mapping[str, str],
+        model: GlobalModel,
     ) -> None:
-        """The line of an evaluation: every client's numbers, and their means by held-out examples."""
-        mean = {
-            name: weighted_mean(clients, name, "examples") for name in ("held_out_loss", "exact_match", "probe_loss")
-        }
-        line = {"kind": "evaluation", "round": round_number, "clients": dict(clients), "mean": mean}
-        line |= {"failed": dict(failed)}
+        """The line of an evaluation: every client's numbers, their means by held-out examples, and the server's own."""
+        line = {"kind": "evaluation", "round": round_number, "score": TASKS[self.config.train.task].score}
+        line |= {"clients": dict(clients), "mean": average(clients), "failed": dict(failed)}
+        if self.judge:
+            line["server"] = self.judge(model)
         self.folder.append(line)
         self.folder.prune(self.config.run.keep_checkpoints, scores(self.folder.lines()))
         self.progress(line)
@@ -79,7 +86,7 @@ class Recorder:
 def scores(lines: list[dict[str, Any]]) -> dict[int, float]:
     """Round -> probe loss of its outcome, as the next round's clients or an evaluation found it."""
     found = {line["round"] - 1: line["received_loss"] for line in lines if line["kind"] == "round"}
-    found |= {line["round"]: line["mean"]["probe_loss"] for line in lines if line["kind"] == "evaluation"}
+    found |= {line["round"]: line["mean"].get("probe_loss") for line in lines if line["kind"] == "evaluation"}
     return {round_number: loss for round_number, loss in found.items() if loss is not None}
 
 
@@ -113,9 +120,15 @@ def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress
     """Runs (or goes on with) the rounds of `config` over `grid`, and returns the folder of the exported adapter."""
     checkpoint = folder.load() if folder.rounds() else None
     folder.rewind(checkpoint)
-    recorder = Recorder(folder, config, progress)
-    strategy = build_strategy(config, checkpoint, folder, recorder)
-    strategy.run(grid, config.run.rounds)
+    judge = open_judge(config, partial(_base, config))
+    with tracking(config, folder) as track:
+
+        def on_line(line: Mapping[str, Any]) -> None:
+            track(line)
+            progress(line)
+
+        strategy = build_strategy(config, checkpoint, folder, Recorder(folder, config, on_line, judge))
+        strategy.run(grid, config.run.rounds)
     if strategy.model is None or not strategy.model.round or not without_empty(whole(strategy.model)):
         raise RuntimeError(
             f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}"
@@ -131,7 +144,7 @@ def build_strategy(
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
     method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
     judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
-    return FederatedLoRA(
+    strategy = FederatedLoRA(
         method,
         settings=config.settings().model_dump_json(),
         seed=run.seed,
@@ -151,8 +164,11 @@ def build_strategy(
         rounds_done=checkpoint.round if checkpoint else 0,
         evaluated=[line["round"] for line in folder.lines() if line["kind"] == "evaluation"],
         on_round=recorder.round,
-        on_evaluation=recorder.evaluation,
+        on_evaluation=lambda number, clients, failed: recorder.evaluation(
+            number, clients, failed, strategy.model or GlobalModel()
+        ),
     )
+    return strategy
 
 
 def _base_hash(config: Config) -> str:

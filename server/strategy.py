@@ -44,6 +44,7 @@ from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, shar
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
 from corolla.server.round import OpenRound
+from corolla.server.scores import average
 from corolla.server.stream import Stream
 from corolla.server.validation import Rejected
 
@@ -355,8 +356,7 @@ class FederatedLoRA(Strategy):
         for client, reason in failed.items():
             log(30, "evaluation by %s failed: %s", client, reason)
         self.on_evaluation(self.rounds_done, dict(sorted(found.items())), dict(sorted(failed.items())))
-        names = ("held_out_loss", "exact_match")
-        return MetricRecord({n: v for n in names if (v := weighted_mean(found, n, "examples")) is not None})
+        return MetricRecord(dict(average(found)))
 
     def _evaluation_of(self, message: Message, client: str) -> dict[str, float]:
         """A client's numbers. Raises ValueError where it failed, was not asked, or sent what are no numbers."""

@@ -1,6 +1,6 @@
 """What federation is worth: base, each client alone, and the global model, on everybody's held-out examples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from corolla.aggregation import (
 from corolla.client.local import Client
 from corolla.client.protocol import Assignment, Order, share_digest
 from corolla.server.folder import RunFolder
+from corolla.server.scores import LOSS, OLD_SCORE, score_of, title
 
 BASE, GLOBAL = "base", "global"
 
@@ -28,9 +29,13 @@ EVERY = "all"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Exact match (0..1) by column (base, each client alone, global) and by group of held-out examples."""
+    """`metric` by column (base, each client alone, global) and by group of held-out examples.
+
+    The metric is the task's score (0..1), or the loss where the examples have no score.
+    """
 
     columns: Mapping[str, Mapping[str, float]]
+    metric: str = OLD_SCORE
 
     @property
     def groups(self) -> list[str]:
@@ -38,9 +43,19 @@ class Comparison:
         return sorted({group for column in self.columns.values() for group in column})
 
     def average(self, column: str) -> float:
-        """The mean over all groups."""
-        values = self.columns[column]
-        return sum(values[group] for group in self.groups) / len(self.groups)
+        """The mean over all groups that the column has."""
+        values = self.columns[column].values()
+        return sum(values) / len(values)
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the metric is a score rather than a loss."""
+        return self.metric != LOSS
+
+    @property
+    def title(self) -> str:
+        """The metric in words."""
+        return title(self.metric).capitalize()
 
 
 def compare(
@@ -57,27 +72,33 @@ def compare(
         raise ValueError(
             "a comparison needs the evaluations before round one and after the last: set run.evaluate = 'ends'"
         )
-    columns = {BASE: by_group(evaluations[0]["clients"].values())}
+    metric = compared(lines)
+    columns = {BASE: by_group(evaluations[0]["clients"].values(), metric)}
     held_out = [example for client in clients.values() for example in client.data.held_out]
     for client_id, client in clients.items():
         model = train_alone(client, folder, lines, on_step)
         with carrying(client.base.model, whole(model)) as alone:
             found = client.task.evaluate(alone, client.base, held_out, client.settings.data)
-        columns[client_id] = by_group([found])
+        columns[client_id] = by_group([found], metric)
         on_step("evaluate")
-    return Comparison(columns | {GLOBAL: by_group(evaluations[-1]["clients"].values())})
+    return Comparison(columns | {GLOBAL: by_group(evaluations[-1]["clients"].values(), metric)}, metric)
 
 
-def by_group(evaluations: Any) -> dict[str, float]:
-    """Exact match by group over several evaluations, each weighted by its examples of that group."""
+def compared(lines: list[dict[str, Any]]) -> str:
+    """What a run is compared by: its score, or the loss where it has none."""
+    return score_of(lines) or LOSS
+
+
+def by_group(evaluations: Iterable[Mapping[str, float]], metric: str) -> dict[str, float]:
+    """`metric` by group over the evaluations that have it, each weighted by its examples of that group."""
     hits: dict[str, float] = {}
     counts: dict[str, float] = {}
     for metrics in evaluations:
-        groups = [name.partition("/")[2] for name in metrics if name.startswith("exact_match/")]
-        for group in groups or [EVERY]:
+        groups = [name.partition("/")[2] for name in metrics if name.startswith(f"{metric}/")]
+        for group in groups or ([EVERY] if metric in metrics else []):
             suffix = f"/{group}" if groups else ""
             count = metrics[f"examples{suffix}"]
-            hits[group] = hits.get(group, 0.0) + count * metrics[f"exact_match{suffix}"]
+            hits[group] = hits.get(group, 0.0) + count * metrics[f"{metric}{suffix}"]
             counts[group] = counts.get(group, 0.0) + count
     return {group: hits[group] / counts[group] for group in sorted(counts)}
 

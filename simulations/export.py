@@ -1,12 +1,9 @@
-"""A run's checkpoint for the world: exported, or evaluated on a file."""
+"""A run's checkpoint for the world: opened, and exported."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from corolla.adapters import Base, carrying, export_adapter, export_merged
+from corolla.adapters import Base, export_adapter, export_merged
 from corolla.aggregation import (
     AdapterState,
     Budget,
@@ -18,8 +15,6 @@ from corolla.aggregation import (
 )
 from corolla.client.app import use_threads
 from corolla.client.config import head_of
-from corolla.client.data import encode_rows, read_rows
-from corolla.client.tasks import find_task
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 
@@ -50,7 +45,7 @@ def export_checkpoint(
         raise FileExistsError(f"--out must be a new folder, got {out} with files in it")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"--energy must be in (0, 1], got {energy}: 0.99 keeps 99 % of the squared norm")
-    config, base, adapter = _open(run, round_number)
+    config, base, adapter = open_checkpoint(run, round_number)
     if config.aggregation.method == "full" and (not merged or rank or energy):
         raise ValueError(
             f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged, without a cut"
@@ -62,34 +57,8 @@ def export_checkpoint(
     return ExportReport(max(ranks(small).values()), lost / adapter_norm(adapter), error)
 
 
-def evaluate_checkpoint(
-    run: Path, data: Path, round_number: int | None = None, answers: Path | None = None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The metrics of the base and of the run's global model on a JSONL file; `answers` gets every answer of both.
-
-    The same encoding and greedy decoding as in the run.
-    """
-    config, base, adapter = _open(run, round_number)
-    task = find_task(config.train.task)
-    examples = encode_rows(config.data, task, base.tokenizer, read_rows(str(data), config.data))
-    metrics, given = [], []
-    for part in ({}, adapter):
-        with carrying(base.model, part) as model:
-            metrics.append(task.evaluate(model.eval(), base, examples, config.data))
-            given.append(task.answer(model.eval(), base, examples, config.data) if answers else [])
-    if answers:
-        _write_answers(answers, examples, *given)
-    return metrics[0], metrics[1]
-
-
-def _write_answers(path: Path, examples: Sequence[Any], before: Sequence[str], after: Sequence[str]) -> None:
-    with path.open("w") as file:
-        for example, base_answer, answer in zip(examples, before, after, strict=True):
-            line = {"prompt": example.prompt, "completion": example.completion, "base": base_answer, "global": answer}
-            file.write(json.dumps(line) + "\n")
-
-
-def _open(run: Path, round_number: int | None) -> tuple[Config, Base, AdapterState]:
+def open_checkpoint(run: Path, round_number: int | None) -> tuple[Config, Base, AdapterState]:
+    """A run's configuration, its base, and all that the run adds to it by a round (None: the last)."""
     folder = RunFolder.open(run)
     config = folder.config()
     use_threads(config.run.threads)

@@ -16,7 +16,7 @@ from corolla.client.local import Client, open_client
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 from corolla.server.run import prepare_folder, run_server
-from corolla.simulations.alone import Comparison, compare
+from corolla.simulations.alone import Comparison, compare, compared
 from corolla.simulations.grid import InProcessGrid
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Run:
     def comparison(self) -> Comparison | None:
         """Base, clients alone and global by group, where the run made it (run.alone)."""
         path = self.folder / COMPARISON
-        return Comparison(json.loads(path.read_text())) if path.is_file() else None
+        return Comparison(json.loads(path.read_text()), compared(self.metrics)) if path.is_file() else None
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,22 @@ from corolla.client.tasks.task import Example, Row, Task
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a task is (the module whose `TASK` it is), and what others must know without importing its trainer."""
+    """Where a task is (the module whose `TASK` it is), and what others must know without importing its trainer.
+
+    `head` is its base's (`corolla.adapters.heads.HEADS`), `score` the metric between 0 and 1 that it reports first.
+    """
 
     module: str
     head: str
+    score: str
 
 
 TASKS: Mapping[str, Entry] = {
-    "causal-lm": Entry("corolla.client.tasks.causal_lm", "causal-lm"),
-    "classification": Entry("corolla.client.tasks.classification", "classification"),
-    "preference": Entry("corolla.client.tasks.preference", "causal-lm"),
+    "causal-lm": Entry("corolla.client.tasks.causal_lm", "causal-lm", "exact_match"),
+    "classification": Entry("corolla.client.tasks.classification", "classification", "accuracy"),
+    "preference": Entry("corolla.client.tasks.preference", "causal-lm", "preference_accuracy"),
 }
-"""The tasks by name, each with the head that its base has (`corolla.adapters.heads.HEADS`)."""
+"""The tasks by name."""
 
 
 def find_task(name: str) -> Task:

@@ -154,6 +154,5 @@ TASK = Task(
     evaluate=evaluate,
     mean_loss=mean_loss,
     answer=answer,
-    score="exact_match",
     options=_options,
 )

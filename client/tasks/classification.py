@@ -109,6 +109,5 @@ TASK = Task(
     evaluate=evaluate,
     mean_loss=mean_loss,
     answer=answer,
-    score="accuracy",
     collator=lambda base, train: DataCollatorWithPadding(base.tokenizer),
 )

@@ -177,7 +177,6 @@ TASK = Task(
     evaluate=evaluate,
     mean_loss=mean_loss,
     answer=answer,
-    score="preference_accuracy",
     options=_options,
     rows=_rows,
 )

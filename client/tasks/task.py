@@ -49,7 +49,7 @@ class Task:
     Example. `trainer` and `arguments` are transformers' Trainer and TrainingArguments or heirs of theirs, the trainer
     with `SpansRounds` before them; `rows(model, base, examples)` are its dataset (by default the examples' features),
     `options(train)` arguments of its own, `collator(base, train)` makes batches (None: the trainer's own).
-    `evaluate(model, base, examples, data)` are metrics: `held_out_loss`, `examples`, and `score`, between 0 and 1, with
+    `evaluate(model, base, examples, data)` are metrics: `held_out_loss`, `examples`, and its score of `TASKS`, with
     `<score>/<group>` and `examples/<group>` where examples have groups. `mean_loss(model, base, examples)` is the loss
     alone, in nats; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
     """
@@ -62,7 +62,6 @@ class Task:
     evaluate: "Callable[[Any, Base, Sequence[Any], DataConfig], dict[str, float]]"
     mean_loss: "Callable[[Any, Base, Sequence[Any]], float]"
     answer: "Callable[[Any, Base, Sequence[Any], DataConfig], list[str]]"
-    score: str
     options: "Callable[[TrainConfig], dict[str, Any]]" = lambda train: {}
     rows: "Callable[[Any, Base, Sequence[Any]], list[dict[str, Any]]]" = _features
     collator: "Callable[[Base, TrainConfig], Any] | None" = None

@@ -28,14 +28,16 @@ def _points(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[float, float]]:
 
 
 def metric(runs: Sequence[Any], kind: str, name: str) -> Series:
-    """A metric by round: of one run by client, of several their means."""
+    """A metric by round: of one run by client, and of the server's own examples; of several their means."""
     if len(runs) > 1:
         return {
             run["label"]: _points([(line["round"], _mean(line, name)) for line in lines(run, kind)]) for run in runs
         }
     found = lines(runs[0], kind)
+    server = _points([(line["round"], line.get("server", {}).get(name)) for line in found])
     clients = sorted({client for line in found for client in line["clients"]})
-    return {c: _points([(line["round"], line["clients"].get(c, {}).get(name)) for line in found]) for c in clients}
+    each = {c: _points([(line["round"], line["clients"].get(c, {}).get(name)) for line in found]) for c in clients}
+    return each | ({"server": server} if server else {})
 
 
 def _mean(line: Line, name: str) -> float | None:

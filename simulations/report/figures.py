@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from corolla.server.scores import title
 from corolla.simulations.report.curves import (
     Series,
     beyond_rounding,
@@ -99,14 +100,16 @@ def _curves(runs: Sequence[Any]) -> dict[str, tuple[Series, str, str]]:
     """File name -> its lines and what its two axes are."""
     found = {
         "held-out-loss": (metric(runs, "evaluation", "held_out_loss"), "round", "held-out loss, nats per token"),
-        "exact-match": (metric(runs, "evaluation", "exact_match"), "round", "exact match"),
         "train-loss": (metric(runs, "round", "train_loss"), "round", "training loss"),
         "loss-before": (metric(runs, "round", "loss_before"), "round", "probe loss before local steps"),
         "loss-after": (metric(runs, "round", "loss_after"), "round", "probe loss after local steps"),
-        "exact-match-by-bytes": (by_bytes(runs, "exact_match"), "MB up and down", "exact match"),
         "held-out-loss-by-bytes": (by_bytes(runs, "held_out_loss"), "MB up and down", "held-out loss, nats per token"),
         "energy": (energy(runs), RANK, "energy within rank r"),
     }
+    for score in dict.fromkeys(run["score"] for run in runs if run.get("score")):
+        name = score.replace("_", "-")
+        found[name] = (metric(runs, "evaluation", score), "round", title(score))
+        found[f"{name}-by-bytes"] = (by_bytes(runs, score), "MB up and down", title(score))
     for run in runs:
         suffix = _suffix(runs, run)
         found[f"noise{suffix}"] = (noise(run), "round", f"relative error, A initialised {inits(run)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from corolla.server.config import Config
 from corolla.server.folder import CONFIG, RUN, RunFolder
+from corolla.server.scores import MEANINGS, score_of, title
 from corolla.simulations.simulate import COMPARISON
 
 RUNS, NOISE = "runs", "noise"
@@ -53,16 +54,21 @@ def label_paths(paths: Sequence[Path]) -> list[str]:
 def _run(label: str, folder: RunFolder) -> dict[str, Any]:
     config = _config(folder.path / CONFIG)
     facts = _read_json(folder.path / RUN)
+    lines = folder.lines()
+    score = score_of(lines)
     written = datetime.fromtimestamp((folder.path / CONFIG).stat().st_mtime, UTC)
     return {
         "label": label,
         "method": config["aggregation.method"],
         "model": config["model.name"],
+        "score": score,
+        "score_title": title(score).capitalize() if score else None,
+        "score_meaning": MEANINGS.get(score) if score else None,
         "started": (facts or {}).get("started") or written.isoformat(timespec="seconds"),
         "facts": facts,
         "config": config,
         "comparison": _read_json(folder.path / COMPARISON),
-        "lines": [_plain(line) for line in folder.lines()],
+        "lines": [_plain(line) for line in lines],
     }
 
 

@@ -10,7 +10,7 @@ const errorOptions = () => ERRORS.map(([name, text]) => [name, text]);
 
 const SECTIONS = [
   { id: "facts", draw: drawFacts, wanted: WHOLE },
-  { id: "comparison", title: "What federation is worth", about: "Exact match on everybody’s held-out examples: the base model, each client trained alone, and the global model.", draw: drawComparison, wanted: DOC.runs.some((run) => run.comparison) },
+  { id: "comparison", title: "What federation is worth", about: `${unique(DOC.runs.filter((run) => run.comparison).map((run) => run.score_title ?? "Held-out loss")).join(" or ")} on everybody’s held-out examples: the base model, each client trained alone, and the global model.`, draw: drawComparison, wanted: DOC.runs.some((run) => run.comparison) },
   { id: "learning", title: "Losses and accuracy", draw: drawLearning, wanted: WHOLE },
   { id: "traffic", title: "Accuracy against traffic", about: "Bytes of the rounds’ training messages; evaluations are not counted.", draw: drawTraffic, wanted: WHOLE, controls: [["outcome", "outcome", () => Object.entries(OUTCOMES).map(([name, [text]]) => [name, text.toLowerCase()])]] },
   { id: "noise", title: "Noise", about: PROBLEM, draw: drawNoise, wanted: true, controls: ANY_NOISE() ? [["round", "round", roundOptions], ["error", "by round", errorOptions], ["heat", "heat map", heatOptions]] : [] },

@@ -52,7 +52,7 @@ const none = (body, ...words) => body.append(html("p", { class: "none" }, ...wor
 
 const METRICS = [
   ["held_out_loss", "Held-out loss", "nats per token, after the round", "", evaluationsOf],
-  ["exact_match", "Exact match", "held-out answers that are right, after the round", "%", evaluationsOf],
+  ...SCORES.map(([score, title, meaning]) => [score, title, `${meaning || "of the held-out examples"}, after the round`, "%", evaluationsOf]),
   ["train_loss", "Training loss", "mean of the round's local steps", "", roundsOf],
   ["loss_before", "Probe loss of what clients received", "before their local steps", "", roundsOf],
   ["loss_after", "Probe loss of what clients replied", "after their local steps", "", roundsOf],
@@ -64,15 +64,15 @@ function drawLearning(body) {
     linesFigure(place, { id: `plot-${name}`, title, note, x: ROUND, y: { unit, kind: "zero" }, series: metricSeries(lines, name) });
 }
 
-const OUTCOMES = { exact_match: ["Exact match", "%"], held_out_loss: ["Held-out loss", ""], probe_loss: ["Probe loss", ""] };
+const OUTCOMES = { ...Object.fromEntries(SCORES.map(([score, title]) => [score, [title, "%"]])), held_out_loss: ["Held-out loss", ""], probe_loss: ["Probe loss", ""] };
 
 function drawTraffic(body) {
-  const name = state.outcome ?? "exact_match", [title, unit] = OUTCOMES[name];
+  const name = state.outcome ?? Object.keys(OUTCOMES)[0], [title, unit] = OUTCOMES[name];
   const found = chosenRuns().flatMap((run) => {
     const traffic = trafficOf(run);
     return outcomes(run, name).filter(([round]) => traffic.has(round)).map(([round, value]) => ({ run, round, value, sent: traffic.get(round) }));
   });
-  const better = (a, b) => (name === "exact_match" ? a >= b : a <= b);
+  const better = (a, b) => (isScore(name) ? a >= b : a <= b);
   const beaten = (one) => found.some((other) => other.sent <= one.sent && better(other.value, one.value) && (other.sent < one.sent || other.value !== one.value));
   const front = found.filter((one) => !beaten(one)).sort((a, b) => a.sent - b.sent);
   const point = ({ round, value, sent }) => [sent, value, `round ${round}, ${format(sent, "B")}`];

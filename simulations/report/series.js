@@ -22,6 +22,10 @@ const chosenClients = () => DOC.clients.filter((client) => state.clients.has(cli
 const chosenMethods = () => DOC.methods.filter((method) => state.methods.has(method));
 const several = () => chosenRuns().length > 1;
 
+/** The scores of the runs, [name, title, meaning]: a run of plain text has none. */
+const SCORES = [...new Map(DOC.runs.filter((run) => run.score).map((run) => [run.score, [run.score, run.score_title, run.score_meaning ?? ""]])).values()];
+const isScore = (name) => SCORES.some(([score]) => score === name);
+
 const roundsOf = (run) => run.lines.filter((line) => line.kind === "round");
 const evaluationsOf = (run) => run.lines.filter((line) => line.kind === "evaluation");
 const noisesOf = (run) => roundsOf(run).filter((line) => line.noise);
@@ -48,13 +52,15 @@ function metricSeries(lines, name) {
   const present = (points) => points.filter((point) => point[1] !== undefined);
   return chosenRuns().flatMap((run) => {
     const mean = { name: several() ? run.label : "mean", style: several() ? runStyle(run) : INK, points: present(lines(run).map((line) => [line.round, meanOf(line, name)])) };
-    if (state.view === "mean") return [mean];
+    const own = { name: several() ? `${run.label} server` : "server", style: { ...mean.style, dash: "2 3" }, points: present(lines(run).map((line) => [line.round, line.server?.[name]])) };
+    const server = own.points.length ? [own] : [];
+    if (state.view === "mean") return [mean, ...server];
     const each = chosenClients().map((client) => ({
       name: several() ? `${run.label} ${client}` : client,
       style: several() ? { ...clientStyle(client), color: runStyle(run).color } : clientStyle(client),
       points: present(lines(run).map((line) => [line.round, valueOf(line, client, name)])),
     })).filter((one) => one.points.length);
-    return each.length > 1 && !several() ? [...each, mean] : each;
+    return each.length > 1 && !several() ? [...each, mean, ...server] : [...each, ...server];
   });
 }
 

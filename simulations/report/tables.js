@@ -4,6 +4,13 @@ const ends = (run, name) => evaluationsOf(run).map((line) => line.mean?.[name]).
 const arrow = (values, unit) => values.length > 1 ? `${format(values[0], unit)} → ${format(values[values.length - 1], unit)}` : format(values[0], unit);
 const short = (commit) => (commit ? commit.replace(/^([0-9a-f]{12})[0-9a-f]+/, "$1") : "not known");
 
+/** Loss and score of the server's own held-out set, first and last. */
+function serverFacts(run) {
+  const found = (name) => evaluationsOf(run).map((line) => line.server?.[name]).filter(isNumber);
+  return [["held-out loss", "held_out_loss", ""], ...SCORES.map(([score, title]) => [title.toLowerCase(), score, "%"])]
+    .filter(([, name]) => found(name).length).map(([text, name, unit]) => `${text} ${arrow(found(name), unit)}`).join(", ") || "–";
+}
+
 const FACTS = [
   ["Method", (run) => run.method],
   ["Model", (run) => run.model],
@@ -13,7 +20,8 @@ const FACTS = [
     return `${rounds.length} of ${format(run.config["run.rounds"], "0")}${failed ? `, ${failed} failed` : ""}`;
   }],
   ["Held-out loss", (run) => arrow(ends(run, "held_out_loss"))],
-  ["Exact match", (run) => arrow(ends(run, "exact_match"), "%")],
+  ...SCORES.map(([score, title]) => [title, (run) => arrow(ends(run, score), "%")]),
+  ...(DOC.runs.some((run) => evaluationsOf(run).some((line) => line.server)) ? [["Server's held-out set", serverFacts]] : []),
   ["Traffic", (run) => format([...trafficOf(run, DOC.clients).values()].pop(), "B")],
   ["Exact rounds", (run) => { const proofs = roundsOf(run).map((line) => line.update?.certificate).filter(Boolean); return `${proofs.filter((proof) => proof.exact).length} of ${proofs.length}`; }],
   ["Quarantined replies", (run) => String(roundsOf(run).reduce((sum, line) => sum + Object.keys(line.quarantined ?? {}).length, 0))],
@@ -35,12 +43,13 @@ function drawComparison(body) {
   for (const run of chosenRuns().filter((one) => one.comparison)) {
     const names = Object.keys(run.comparison).filter((name) => !DOC.clients.includes(name) || state.clients.has(name));
     const groups = unique(names.flatMap((name) => Object.keys(run.comparison[name]))).sort();
-    const average = (name) => groups.reduce((sum, group) => sum + run.comparison[name][group], 0) / groups.length;
+    const average = (name) => { const found = groups.map((group) => run.comparison[name][group]).filter(isNumber); return found.reduce((sum, value) => sum + value, 0) / found.length; };
+    const unit = run.score ? "%" : "";
     const rows = groups.map((group) => [group, ...names.map((name) => run.comparison[name][group])]);
-    const node = table([column("examples"), ...names.map((name) => column(DOC.clients.includes(name) ? `${name} alone` : name, "%"))],
+    const node = table([column("examples"), ...names.map((name) => column(DOC.clients.includes(name) ? `${name} alone` : name, unit))],
       [...rows, ["average", ...names.map(average)]], { title: several() ? run.label : null, total: rows.length });
-    node.classList.add("tinted");
-    for (const cell of node.querySelectorAll("tbody tr:not(.total) td data")) tint(cell);
+    if (run.score) node.classList.add("tinted");
+    if (run.score) for (const cell of node.querySelectorAll("tbody tr:not(.total) td data")) tint(cell);
     body.append(node);
   }
 }

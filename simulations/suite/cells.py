@@ -29,7 +29,7 @@ NUMBERS = "cell.json"
 class Outcome:
     """A cell of the suite: its numbers where it is done, the reason where the method refused or the run failed.
 
-    `numbers`: held_out_loss (nats per answer token) and exact_match (0..1) of the final model on every client's
+    `numbers`: held_out_loss (nats per answer token) and the task's score (0..1) of the final model on every client's
     held-out examples together; bytes_up and bytes_down of adapters, the mean of a client and round, and bytes_total;
     certificate (relative error of the last round's aggregation); lost (replies that were quarantined, so the run had
     less than its budget); seconds of training and aggregation.
@@ -109,7 +109,7 @@ def held_out(config: Config) -> tuple[Base, list[Any]]:
 
 
 def measure(adapter: AdapterState, config: Config) -> dict[str, float]:
-    """Loss and exact match, of all and by group, of base + adapter on everybody's held-out examples."""
+    """Loss and score, of all and by group, of base + adapter on everybody's held-out examples."""
     use_threads(config.run.threads)
     base, examples = held_out(config)
     with carrying(base.model, without_empty(adapter)) as model:

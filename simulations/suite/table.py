@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from corolla.server.scores import LOSS, MEANINGS, score_in, title
 from corolla.simulations.suite.cells import DONE, FAILED, REFUSED, Outcome, divergence
 from corolla.simulations.suite.config import REFERENCES, Suite
 
@@ -49,9 +50,9 @@ class Row:
 Column = tuple[str, str, float, str]
 """A column's title, its number, what to multiply that by, and its format."""
 
+LOSS_COLUMN: Column = ("held-out loss", LOSS, 1.0, ".3f")
+
 COLUMNS: Sequence[Column] = (
-    ("held-out loss", "held_out_loss", 1.0, ".3f"),
-    ("exact match %", "exact_match", 100.0, ".1f"),
     ("up KiB", "bytes_up", 1 / KIB, ".0f"),
     ("down KiB", "bytes_down", 1 / KIB, ".0f"),
     ("total MiB", "bytes_total", 1 / MIB, ".2f"),
@@ -61,8 +62,7 @@ COLUMNS: Sequence[Column] = (
 
 LEGEND = (
     "Mean ± standard deviation over n seeds (of a sample; none for one seed, or where all are equal). Held-out loss: "
-    "nats per answer token; "
-    "exact match: greedy answers that are right; both of the final model on the held-out examples of all clients "
+    "nats per answer token{score} of the final model on the held-out examples of all clients "
     "together, the same for every row. Up and down: bytes of adapters, the mean of a client and round; total: of all "
     "clients and rounds; the base model and evaluations are not counted. Certificate: error of the last round's "
     "aggregation against the exact mean of its replies, relative to their size. Divergence: ‖W − W_exact‖ / "
@@ -108,11 +108,21 @@ class SuiteResult:
 
     def header(self) -> list[str]:
         """The titles of a setting's table."""
-        return ["", "n", *(title for title, *_ in COLUMNS)]
+        return ["", "n", *(title for title, *_ in self.columns())]
+
+    def score(self) -> str | None:
+        """The name of the score of this suite's task, None where its examples have none."""
+        return next((score for outcome in self.outcomes if (score := score_in(outcome.numbers))), None)
+
+    def columns(self) -> list[Column]:
+        """The columns that are numbers: the loss, the score if there is one, and what everything costs."""
+        score = self.score()
+        return [LOSS_COLUMN, *([(f"{title(score)} %", score, 100.0, ".1f")] if score else []), *COLUMNS]
 
     def lines(self, setting: str) -> list[list[str]]:
         """A setting's table as text, a line a row."""
-        return [_line(row) for row in self.rows if row.setting == setting]
+        columns = self.columns()
+        return [_line(row, columns) for row in self.rows if row.setting == setting]
 
     def notes(self) -> list[str]:
         """What failed, and what had less than its budget."""
@@ -132,7 +142,9 @@ class SuiteResult:
                 parts += ["Divergence by round:", by_round]
         if notes := self.notes():
             parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
-        return "\n\n".join([*parts, LEGEND.format(reference=self.suite.reference)]) + "\n"
+        score = self.score()
+        meaning = f"; {title(score)}: {MEANINGS.get(score, 'a score')}; both" if score else ""
+        return "\n\n".join([*parts, LEGEND.format(reference=self.suite.reference, score=meaning)]) + "\n"
 
     def _by_round(self, setting: str) -> str:
         rows = [row for row in self.rows if row.setting == setting and row.divergence]
@@ -187,11 +199,11 @@ def _reasons(outcomes: Sequence[Outcome], status: str) -> dict[int, str]:
     return {outcome.seed: outcome.reason for outcome in outcomes if outcome.status == status}
 
 
-def _line(row: Row) -> list[str]:
+def _line(row: Row, columns: Sequence[Column]) -> list[str]:
     if not row.n:
         status, reasons = (REFUSED, row.refused) if row.refused else (FAILED, row.failed)
-        return [row.name, "0", f"{status}: {next(iter(reasons.values()), '')}", *[""] * (len(COLUMNS) - 1)]
-    return [row.name, str(row.n), *(_text(row.numbers.get(key), factor, form) for _, key, factor, form in COLUMNS)]
+        return [row.name, "0", f"{status}: {next(iter(reasons.values()), '')}", *[""] * (len(columns) - 1)]
+    return [row.name, str(row.n), *(_text(row.numbers.get(key), factor, form) for _, key, factor, form in columns)]
 
 
 def _text(statistic: Statistic | None, factor: float, form: str) -> str:

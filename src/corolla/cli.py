@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from corolla import __version__, laboratory
+from corolla.evaluate import evaluate
 from corolla.terminal import RunPath, Verbose, console, exit_codes, quiet
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
+for command in (evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
 
 
@@ -81,13 +82,14 @@ def simulate(
 
 
 def _say_where(run: Any) -> None:
-    evaluations = [line["mean"] for line in run.metrics if line["kind"] == "evaluation"]
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        console.print(
-            f"held-out loss {first['held_out_loss']:.3f} → {last['held_out_loss']:.3f}, "
-            f"exact match {first['exact_match']:.1%} → {last['exact_match']:.1%}"
-        )
+    from corolla.server.scores import describe_change, score_of
+
+    lines = run.metrics
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    for name, words in (("mean", ""), ("server", "server: ")):
+        found = [line[name] for line in evaluations if name in line]
+        if found and (change := describe_change(found[0], found[-1], score_of(lines))):
+            console.print(f"{words}{change}")
     adapter = run.folder / "adapter"
     result = f"adapter: {adapter}" if adapter.exists() else "no adapter: corolla export --merged writes the model"
     console.print(f"run: {run.folder}   {result}", soft_wrap=True)
@@ -114,9 +116,10 @@ def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
 
 def _describe(line: Any) -> str:
     if line["kind"] == "evaluation":
-        mean = line["mean"]
-        loss, match = mean["held_out_loss"], mean["exact_match"]
-        return f"after round {line['round']}: held-out loss {loss:.3f}, exact match {match:.1%}"
+        from corolla.server.scores import describe, score_of
+
+        found = [("", line["mean"]), *([("; server: ", line["server"])] if "server" in line else [])]
+        return f"after round {line['round']}: " + "".join(f"{w}{describe(part, score_of([line]))}" for w, part in found)
     if not line["successful"]:
         return f"[red]round {line['round']} failed[/]: {line['update'].get('failed') or line['quarantined']}"
     losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
@@ -132,16 +135,20 @@ def _describe(line: Any) -> str:
 
 
 def _table(comparison: "Comparison", config: "Config") -> Table:
-    """Exact match in percent: a row a group, a column a model."""
-    table = Table(title="Exact match on held-out examples, %", title_justify="left")
+    """The comparison's metric, a score in percent: a row a group, a column a model."""
+    factor, unit = (100, ", %") if comparison.is_score else (1, "")
+    whole, mean = (".0f", ".1f") if comparison.is_score else (".3f", ".3f")
+    table = Table(title=f"{comparison.title} on held-out examples{unit}", title_justify="left")
     table.add_column("", no_wrap=True)
     for position, column in enumerate(comparison.columns):
         rank = config.clients.rank(position - 1) if column not in ("base", "global") else None
         table.add_column(f"{column}\nalone\nrank {rank}" if rank else column, justify="right")
     for group in comparison.groups:
-        table.add_row(group, *(f"{100 * values[group]:.0f}" for values in comparison.columns.values()))
+        cells = (column.get(group) for column in comparison.columns.values())
+        table.add_row(group, *("–" if value is None else f"{factor * value:{whole}}" for value in cells))
     table.add_section()
-    table.add_row("average", *(f"{100 * comparison.average(c):.1f}" for c in comparison.columns), style="bold")
+    averages = (f"{factor * comparison.average(c):{mean}}" for c in comparison.columns)
+    table.add_row("average", *averages, style="bold")
     return table
 
 
@@ -190,31 +197,6 @@ def export(
             f"logits within {report.logits_error:.1e} of the running model",
             soft_wrap=True,
         )
-
-
-@app.command()
-def evaluate(
-    run: RunPath,
-    data: Annotated[Path, typer.Option(help="a JSONL file with the run's prompt and completion columns")],
-    round_number: Annotated[
-        int | None, typer.Option("--round", help="the checkpoint of this round; default: the last")
-    ] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="write every prompt, answer and truth to this JSONL file")
-    ] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Loss and exact match (greedy decoding) of a run's global model, beside the base model, on a JSONL file."""
-    quiet(verbose)
-    with exit_codes():
-        from corolla.simulations.export import evaluate_checkpoint
-
-        base, tuned = evaluate_checkpoint(run, data, round_number, answers)
-        table = Table("", "base", "global")
-        for name in tuned:
-            if not name.startswith("examples"):
-                table.add_row(name, f"{base[name]:.4f}", f"{tuned[name]:.4f}")
-        console.print(table)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,9 @@ def _describe_cell(outcome: "Outcome", number: int, total: int) -> str:
     if outcome.reason:
         colour = "red" if outcome.status == "failed" else "yellow"
         return f"{name}: [{colour}]{outcome.status}[/]: {escape(outcome.reason)}"
-    found = outcome.numbers
-    return f"{name}: held-out loss {found['held_out_loss']:.3f}, exact match {found['exact_match']:.1%}"
+    from corolla.server.scores import describe, score_in
+
+    return f"{name}: {describe(outcome.numbers, score_in(outcome.numbers))}"
 
 
 def _print_suite(result: "SuiteResult") -> None:

@@ -42,7 +42,7 @@ def quiet(verbose: bool) -> None:
 
         disable_progress_bar()
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch"):
+        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -13,7 +13,8 @@ from corolla.client.config import DataConfig
 from corolla.client.local import open_client
 from corolla.client.tasks import find_task
 from corolla.simulations import simulate as simulation
-from corolla.simulations.export import evaluate_checkpoint, export_checkpoint
+from corolla.simulations.evaluate import evaluate_checkpoint
+from corolla.simulations.export import export_checkpoint
 from tests.simulations.federation import tiny_config
 from tests.tiny import write_tiny_bert
 

@@ -551,3 +551,29 @@ def test_noise_alone_is_a_page_of_its_own(width, browser, tmp_path):
     assert browser.ask("document.getElementById('certificates')") is None
     assert browser.ask("document.documentElement.scrollWidth") <= width
     assert browser.problems() == []
+
+
+def test_another_score_and_the_servers_own_examples_are_drawn(browser, finished, second, tmp_path):
+    """One run of a classifier with a server's held-out set, beside one of plain text, which has a loss alone."""
+    runs = [tmp_path / "labels", tmp_path / "plain"]
+    for run, source in zip(runs, (finished, second), strict=True):
+        shutil.copytree(source, run)
+        lines = RunFolder.open(run).lines()
+        for found in [found for line in lines for found in [*line["clients"].values(), line.get("mean", {})]]:
+            for name in [name for name in found if name.startswith("exact_match")]:
+                value = found.pop(name)
+                found |= {name.replace("exact_match", "accuracy"): value} if run is runs[0] else {}
+        for line in (line for line in lines if line["kind"] == "evaluation"):
+            line |= {"score": "accuracy", "server": {"held_out_loss": 2.0, "accuracy": 0.625}} if run is runs[0] else {}
+        write_lines(run, lines)
+    browser.open(write_report(runs[:1], tmp_path / "one.html"), 1280)
+    for plot in ("held_out_loss", "accuracy", "traffic"):
+        assert browser.ask(f"document.querySelectorAll('#plot-{plot} svg .mark').length") > 0, plot
+    assert browser.ask("document.querySelectorAll('#plot-accuracy [data-series=server]').length") > 0
+    facts = browser.ask("document.querySelector('#facts').textContent")
+    assert "accuracy 62.5" in facts, facts
+    assert "Exact match" not in browser.ask("document.body.textContent").split("{")[0]
+    browser.open(write_report(runs[1:], tmp_path / "plain.html"), 1280)
+    assert browser.ask("document.querySelectorAll('#plot-traffic svg .mark').length") > 0
+    assert browser.ask("document.querySelector('#choose-outcome').value") == "held_out_loss"
+    assert browser.problems() == []
