@@ -94,7 +94,7 @@ class DataConfig(Section):
     )
     system: str | None = Field(None, description="system message before every prompt; unset: what the template does")
     probe: int = Field(8, ge=1, description="held-out examples whose loss is taken before and after local training")
-    max_new_tokens: int = Field(32, ge=1, description="longest answer in evaluation, in tokens")
+    max_new_tokens: int = Field(32, ge=0, description="longest answer in evaluation, in tokens; 0: loss alone")
     tasks_train: int = Field(64, ge=1, description="generated training examples per family")
     tasks_held_out: int = Field(10, ge=1, description="generated held-out examples per family")
     tasks_seed: int = Field(0, description="seed of the generated tasks")

@@ -8,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 
 from corolla.adapters import Base
 from corolla.client.config import DataConfig, TrainConfig
-from corolla.client.evaluation import answer_all, mean_loss
+from corolla.client.evaluation import answer_all, answer_log_probs, mean_loss
 from corolla.client.tasks.rounds import SpansRounds
 from corolla.client.tasks.task import IGNORED, Row, Task
 
@@ -125,11 +125,28 @@ def _to_end_of_turn(tokenizer: Any, tail: str) -> tuple[list[int], str]:
 
 
 def evaluate(model: Any, base: Base, examples: Sequence[TextExample], config: DataConfig) -> dict[str, float]:
-    """held_out_loss, and exact_match of greedy answers over the examples that have an answer."""
-    loss = mean_loss(model, base, examples)
-    asked = [example for example in examples if example.completion is not None]
-    found = answer_all(model, base, asked, config.max_new_tokens).metrics() if asked else {}
-    return {"examples": float(len(examples)), **found, "held_out_loss": loss}
+    """held_out_loss, and exact_match of greedy answers over the examples that have an answer; both by group too.
+
+    Nothing is generated where data.max_new_tokens is 0. Raises ValueError for no examples.
+    """
+    losses = losses_by_group(model, base, examples)
+    asked = [example for example in examples if example.completion is not None and config.max_new_tokens]
+    return losses | (answer_all(model, base, asked, config.max_new_tokens).metrics() if asked else {})
+
+
+def losses_by_group(model: Any, base: Base, examples: Sequence[TextExample]) -> dict[str, float]:
+    """held_out_loss, the mean over answer tokens in nats, with its number of examples, and both by group."""
+    if not examples:
+        raise ValueError("evaluation needs held-out examples, got none: set data.held_out or data.held_out_fraction")
+    sums = answer_log_probs(model, base, examples)
+    metrics = {}
+    for group in ("", *sorted({example.group for example in examples} - {""})):
+        mine = [i for i, example in enumerate(examples) if group in ("", example.group)]
+        end = f"/{group}" if group else ""
+        tokens = sum(examples[i].learned for i in mine)
+        metrics[f"held_out_loss{end}"] = -sum(sums[i] for i in mine) / max(1, tokens)
+        metrics[f"examples{end}"] = float(len(mine))
+    return metrics
 
 
 def answer(model: Any, base: Base, examples: Sequence[TextExample], config: DataConfig) -> list[str]:
