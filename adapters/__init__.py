@@ -9,13 +9,15 @@ from corolla.adapters.heads import Head, head_modules, head_shapes
 from corolla.adapters.lora import (
     LOCAL,
     MERGED,
+    PERSONAL,
     attached,
+    personal_beside,
     read_adapter,
-    tail_penalty,
     target_shapes,
     without_adapters,
     write_adapter,
 )
+from corolla.adapters.penalties import Penalty, proximal_penalty, tail_penalty
 from corolla.adapters.principal import principal_components
 from corolla.adapters.source import DEMO, Source, base_hash, find_base
 from corolla.adapters.spec import AdapterSpec
@@ -25,11 +27,13 @@ __all__ = [
     "DEVICE_MAPS",
     "LOCAL",
     "MERGED",
+    "PERSONAL",
     "QUANTIZATIONS",
     "AdapterSpec",
     "Base",
     "FolderFacts",
     "Head",
+    "Penalty",
     "Source",
     "attached",
     "base_hash",
@@ -41,7 +45,9 @@ __all__ = [
     "head_modules",
     "head_shapes",
     "open_base",
+    "personal_beside",
     "principal_components",
+    "proximal_penalty",
     "read_adapter",
     "read_dense",
     "read_peft_facts",

@@ -35,14 +35,18 @@ def dense_beside(base: nn.Module, deltas: Mapping[str, DenseDelta], name: str, t
             layer._parameters.pop(PARAMETER + name, None)
 
 
+def dense_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Module -> the live parameter of the change that `dense_beside` put there under `name`."""
+    found = ((module, layer._parameters.get(PARAMETER + name)) for module, layer in model.named_modules())
+    return {module: weight for module, weight in found if weight is not None}
+
+
 def read_dense(model: nn.Module, name: str) -> dict[str, DenseDelta]:
     """The changes that `dense_beside` put there under `name`, as float32 copies on the CPU."""
-    found = {}
-    for module, layer in model.named_modules():
-        weight = layer._parameters.get(PARAMETER + name)
-        if weight is not None:
-            found[module] = DenseDelta(weight.detach().to("cpu", torch.float32).clone())
-    return found
+    return {
+        module: DenseDelta(weight.detach().to("cpu", torch.float32).clone())
+        for module, weight in dense_parameters(model, name).items()
+    }
 
 
 def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:

@@ -1,6 +1,5 @@
 """LoRA factors in and out of a live model. The only place where the scaling enters and leaves B."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +12,8 @@ from torch import nn
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
 from corolla.aggregation import LowRankDelta, LowRankState, ranks
 
-LOCAL, MERGED = "local", "merged"
-"""The names of the trainable adapter and of the frozen one beside it."""
+LOCAL, MERGED, PERSONAL = "local", "merged", "personal"
+"""The names of the adapter that is federated, of the frozen one beside it, and of one that stays on its client."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's own name."""
@@ -36,6 +35,11 @@ def _layers(model: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def lora_factors(model: nn.Module, name: str = LOCAL) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
+    """Module -> the live (A, B) of adapter `name`, (rank, in) and (out, rank), and its scaling s: ΔW = s B @ A."""
+    return {module: (*_factors(layer, name), layer.scaling[name]) for module, layer in _layers(model, name).items()}
 
 
 def _require_known(model: PeftModel, name: str) -> None:
@@ -105,18 +109,6 @@ def _require_same(sent: LowRankState, loaded: LowRankState, layers: Mapping[str,
                 )
 
 
-def tail_penalty(model: PeftModel, keep: float, name: str = LOCAL) -> torch.Tensor:
-    """Σ over modules of s ‖B[:, c:]‖_F ‖A[c:]‖_F, c = max(1, ⌊keep · r⌋): a scalar with gradients."""
-    total = torch.zeros(())
-    for layer in _layers(model, name).values():
-        a, b = _factors(layer, name)
-        first = max(1, math.floor(keep * a.shape[0]))
-        if first < a.shape[0]:
-            size = layer.scaling[name] * torch.linalg.matrix_norm(b[:, first:]) * torch.linalg.matrix_norm(a[first:])
-            total = total.to(size.device) + size
-    return total
-
-
 def _some(names: Collection[str], most: int = 4) -> str:
     shown = ", ".join(sorted(names)[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
@@ -167,6 +159,21 @@ def attached(
             model.unload()
         for attribute in ("peft_config", "_hf_peft_config_loaded"):  # PEFT leaves them and warns the next time
             base.__dict__.pop(attribute, None)
+
+
+@contextmanager
+def personal_beside(model: PeftModel, spec: AdapterSpec, start: LowRankState) -> Iterator[PeftModel]:
+    """`model` of `attached` with one more trainable adapter, `personal` at `start`; it goes with the others.
+
+    Read it by `read_adapter(model, PERSONAL)`. Raises what `write_adapter` raises.
+    """
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.add_adapter(PERSONAL, spec.to_peft())
+    write_adapter(model, start, PERSONAL)
+    model.base_model.set_adapter(list(model.peft_config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, f".{PERSONAL}." in name))
+    yield model
 
 
 @contextmanager

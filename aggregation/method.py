@@ -19,7 +19,8 @@ class Method:
     have one rank and one set of modules; with a `common_start` the server hands out A from round one, so clients
     cannot draw their own. `foreign` says why the method cannot be judged on replies that other methods' clients made
     (empty: it changes the server alone); `linear` are the factors in which the global model is linear and whose
-    coordinates last over rounds.
+    coordinates last over rounds. Where `lasting` is true, a component keeps its position and its meaning from round to
+    round, so that what a client's optimizer remembers of it does too.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     common_start: bool = False
     foreign: str = ""
     linear: frozenset[str] = frozenset()
+    lasting: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""

@@ -1,16 +1,25 @@
 """The ClientApp: Flower's messages to and from `corolla.client.local`. A thin shell."""
 
 import os
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from corolla.client.afford import Limits
 from corolla.client.config import ClientSettings
 from corolla.client.local import Client, open_client
 from corolla.client.protocol import Assignment
 
 app = ClientApp()
+
+CLIENTS = "clients"
+"""In the folder of a simulation, the folder of what each client keeps to itself."""
+
+LIMITS = "corolla.limits"
+"""The record of a node's state that holds what its memory allowed."""
 
 
 def use_threads(threads: int) -> int:
@@ -26,7 +35,10 @@ def use_threads(threads: int) -> int:
 def _open(settings: str, context: Context) -> Client:
     parsed = ClientSettings.model_validate_json(settings)
     use_threads(parsed.threads)
-    return open_client(parsed, context.node_config)
+    node = dict(context.node_config)
+    if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
+        node.setdefault("state", str(Path(folder) / CLIENTS))
+    return open_client(parsed, node)
 
 
 @app.query("hello")
@@ -38,9 +50,16 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains its share and replies the adapter."""
+    """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come."""
     assignment = Assignment.unpack(message.content)
-    return Message(_open(assignment.order.settings, context).train(assignment).pack(), reply_to=message)
+    known = context.state.config_records.get(LIMITS)
+    names = [field.name for field in fields(Limits)]
+    limits = Limits(**{name: int(known[name]) for name in names}) if known else None  # type: ignore[arg-type]
+    reply = _open(assignment.order.settings, context).train(assignment, limits)
+    if reply.metrics["out_of_memory"]:
+        found = {**reply.metrics, "rank": reply.metrics["trained_rank"]}
+        context.state.config_records[LIMITS] = ConfigRecord({name: int(found[name]) for name in names})
+    return Message(reply.pack(), reply_to=message)
 
 
 @app.evaluate()

@@ -5,6 +5,7 @@ import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from transformers.training_args import OptimizerNames
 
 from corolla.adapters import DEMO, AdapterSpec, Base, Head, open_base
 from corolla.client.tasks import TASKS
@@ -109,6 +110,9 @@ class AdapterConfig(Section):
     rslora: bool = Field(False, description="divide alpha by √rank instead of rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout in training")
     init: Literal["shared", "independent"] = Field("shared", description="whether clients share their fresh rows of A")
+    personal_rank: int | None = Field(
+        None, ge=1, description="a second adapter of this rank that every client trains along and keeps to itself"
+    )
     init_from: str | None = Field(None, description="a PEFT adapter folder: the starting point of the global model")
 
     def spec(
@@ -136,6 +140,15 @@ class TrainConfig(Section):
     local_steps: int | None = Field(None, ge=1, description="optimizer steps a round; set this or local_epochs")
     local_epochs: float | None = Field(None, gt=0, description="passes over the client's data a round")
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are left out and counted")
+    batching: Literal["padded", "padding-free", "packed"] = Field(
+        "padded", description="padding-free: a micro-batch as one sequence; packed: rows of up to max_length, made once"
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
+    compile: str = Field("none", description="a backend of torch.compile, such as inductor; compiled anew each round")
+    proximal: float = Field(0.0, ge=0, description="FedProx: μ of μ/2 ‖ΔW − ΔW₀‖², added to the loss")
+    keep_optimizer: bool = Field(
+        False, description="the optimizer's moments stay on the client from round to round (not in flora)"
+    )
     beta: float = Field(0.1, gt=0, description="preference: how strongly DPO holds on to the base")
     dtype: DType = Field("float32", description="autocast precision of training; adapters stay in float32")
 
@@ -145,6 +158,21 @@ class TrainConfig(Section):
         if value not in TASKS:
             raise ValueError(f"must be one of {', '.join(TASKS)}")
         return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        if value not in (known := [name.value for name in OptimizerNames]):
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _batching_fits(self) -> Self:
+        if self.batching not in (known := TASKS[self.task].batchings):
+            raise ValueError(
+                f"train.batching must be one of {', '.join(known)} for task {self.task!r}, got {self.batching!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:

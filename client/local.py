@@ -1,45 +1,54 @@
 """One client: what it answers to hello, train and evaluate. No Flower here, so a test or a notebook can call it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from corolla.adapters import (
-    LOCAL,
     AdapterSpec,
     Base,
-    attached,
+    Penalty,
     carrying,
-    dense_beside,
     head_shapes,
-    read_adapter,
-    read_dense,
+    proximal_penalty,
     tail_penalty,
     target_shapes,
 )
-from corolla.aggregation import Delta, DenseDelta, FreshRows, Shapes, fill_adapter, low_rank, only, without
-from corolla.client.config import ClientSettings, ModelConfig, client_name, parse_targets
+from corolla.aggregation import FreshRows, LowRankState, Shapes, add_adapters, delta_of, fill_adapter, low_rank
+from corolla.client.afford import Limits, free_memory, is_out_of_memory
+from corolla.client.attach import Attached, Part, trainable
+from corolla.client.config import ClientSettings, ModelConfig, TrainConfig, client_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
-from corolla.client.protocol import WHOLE, Assignment, Hello, Reply
+from corolla.client.protocol import WHOLE, Assignment, Hello, Order, Reply
 from corolla.client.seeding import seed_of
+from corolla.client.store import Store, under
 from corolla.client.tasks import Task, find_task
 from corolla.client.training import train_round
+
+PERSONAL, MOMENTS = "personal", "optimizer"
+"""What a client keeps, by the prefix of its names."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client with its base open and its data loaded."""
+    """A client with its base open and its data loaded.
+
+    `rows` are what it trains on: its examples, or several packed in one. `keeps` is the folder of what stays with it
+    from round to round, None where the node has none.
+    """
 
     client_id: str
     rank: int
     targets: str | tuple[str, ...] | None
     base: Base
     data: ClientData
+    rows: tuple[Any, ...]
     settings: ClientSettings
+    keeps: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -60,68 +69,104 @@ class Client:
     def _shapes(self) -> Shapes:
         return _target_shapes(self.base, self.spec(1))
 
-    def train(self, assignment: Assignment) -> Reply:
+    def train(self, assignment: Assignment, known: Limits | None = None) -> Reply:
         """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
 
-        The base is put back as it was. Raises ValueError for an order meant for another base, or a start that does
-        not fit its modules; RuntimeError where the loss is not finite.
+        Where memory runs out it begins again with half the micro-batch, then half the rank, and the metrics say so:
+        out_of_memory (how often), micro_batch, accumulation and trained_rank; `known` are the limits found in earlier
+        rounds. The base is put back as it was. Raises ValueError for an order meant for another base, or a start that
+        does not fit its modules; RuntimeError where the loss is not finite, or no batch and rank is small enough.
         """
-        order, settings = assignment.order, self.settings
         self._require_base(assignment)
+        train, order = self.settings.train, assignment.order
+        limits: Limits | None = Limits(train.batch_size, train.accumulation, order.rank)
+        limits = limits.within(known) if limits and known else limits
+        failures = 0
+        while limits:
+            try:
+                reply = self._train(assignment, limits)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                tried, limits = limits, limits.halved()
+                if order.trains == WHOLE and limits and limits.rank < tried.rank:
+                    limits = None  # whole weights have no rank
+                failures, last = failures + 1, str(error)
+                free_memory()
+                continue
+            found = {"micro_batch": limits.micro_batch, "accumulation": limits.accumulation}
+            found |= {"trained_rank": limits.rank, "out_of_memory": failures}
+            return replace(reply, metrics={**reply.metrics, **found})
+        raise RuntimeError(
+            f"local training needs more memory even with micro-batch {tried.micro_batch} and rank {tried.rank}, got "
+            f"{last}: use a smaller base, train.max_length, or train.checkpointing"
+        )
+
+    def _train(self, assignment: Assignment, limits: Limits) -> Reply:
+        order, settings = assignment.order, self.settings
         examples = self._examples(order.round)
-        with self._trainable(assignment) as model:
-            metrics = {"too_long": float(self.data.too_long), "loss_before": self._probe_loss(model)}
+        config = settings.train.model_copy(
+            update={"batch_size": limits.micro_batch, "accumulation": limits.accumulation}
+        )
+        kept = self._kept(order)
+        moments = under(kept, MOMENTS) if config.keep_optimizer else None
+        with trainable(self.base.model, assignment, self._part(order, limits.rank, under(kept, PERSONAL))) as work:
+            metrics = {**self.data.left_out, "loss_before": self._probe_loss(work.model)}
             seed = seed_of(order.seed, self.client_id, order.round)
-            penalty = (lambda model: order.penalty * tail_penalty(model, order.keep)) if order.penalty else None
             metrics |= train_round(
-                model, self.base, settings.train, examples, order.round, settings.rounds, seed, penalty
+                work.model,
+                self.base,
+                config,
+                examples,
+                order.round,
+                settings.rounds,
+                seed,
+                _penalty(work, order, config),
+                moments,
             )
-            metrics["loss_after"] = self._probe_loss(model)
-            factors = {} if order.trains == WHOLE else read_adapter(model)
-            adapter: dict[str, Delta] = {**factors, **read_dense(self.base.model, LOCAL)}
+            metrics["loss_after"] = self._probe_loss(work.model)
+            adapter = work.read()
+            personal = work.read_personal() if settings.adapter.personal_rank else {}
+        self._keep(order, personal, moments or {})
         return Reply(
             self.client_id,
             order.round,
             order.model,
             self.base.hash,
             len(self.data.train),
-            len(examples),
+            sum(getattr(example, "count", 1) for example in examples),
             adapter,
             metrics,
             order.trains,
         )
 
-    @contextmanager
-    def _trainable(self, assignment: Assignment) -> Iterator[Any]:
-        """The base with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights.
-
-        A classifier's head is trained whole in both cases, from no change at all.
-        """
-        order, shapes = assignment.order, self._shapes()
-        whole = {**shapes, **self._heads()} if order.trains == WHOLE else self._heads()
-        nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in whole.items()}
-        with ExitStack() as stack:
-            if order.trains == WHOLE:
-                model = stack.enter_context(carrying(self.base.model, assignment.frozen))
-            else:
-                stack.enter_context(carrying(self.base.model, only(assignment.frozen, whole)))
-                model = stack.enter_context(self._lora(assignment))
-            stack.enter_context(dense_beside(self.base.model, nothing, LOCAL, trains=True))
-            yield model
-
-    def _lora(self, assignment: Assignment) -> AbstractContextManager[Any]:
-        order, frozen = assignment.order, low_rank(without(assignment.frozen, self._heads()))
-        independent = self.settings.adapter.init == "independent"
-        fresh = FreshRows(order.seed, order.fresh_round, self.client_id if independent else "")
-        start = fill_adapter(assignment.start, self._shapes(), order.rank, fresh)
-        return attached(self.base.model, self.spec(order.rank), start, frozen, order.trains)
+    def _part(self, order: Order, rank: int, personal: Mapping[str, Tensor]) -> Part:
+        client = self.client_id if self.settings.adapter.init == "independent" else ""
+        own = None
+        if width := self.settings.adapter.personal_rank:
+            fresh = FreshRows(order.seed, 0, f"{self.client_id}/{PERSONAL}")
+            own = self.spec(width), fill_adapter(_adapter(personal), self._shapes(), width, fresh)
+        return Part(self.spec(order.rank), self._shapes(), self._heads(), client, rank, own)
 
     def evaluate(self, assignment: Assignment) -> dict[str, float]:
-        """The received model, all of it frozen, on this client's held-out examples: loss and exact match."""
+        """The received model, all of it frozen, on this client's held-out examples: loss and score.
+
+        Where it has a personal adapter, the same with that added, as personal_<name>.
+        """
         self._require_base(assignment)
+        found = self._evaluate(assignment.frozen)
         with carrying(self.base.model, assignment.frozen) as model:
-            found = self.task.evaluate(model.eval(), self.base, self.data.held_out, self.settings.data)
-            return found | {"probe_loss": self._probe_loss(model)}
+            found["probe_loss"] = self._probe_loss(model)
+        if self.settings.adapter.personal_rank:
+            after = replace(assignment.order, round=assignment.order.round + 1)
+            own = _adapter(under(self._kept(after), PERSONAL))
+            personal = self._evaluate(add_adapters(assignment.frozen, own)) if own else found
+            found |= {f"personal_{k}": v for k, v in personal.items() if not k.startswith(("examples", "probe"))}
+        return found
+
+    def _evaluate(self, frozen: Any) -> dict[str, float]:
+        with carrying(self.base.model, frozen) as model:
+            return self.task.evaluate(model.eval(), self.base, self.data.held_out, self.settings.data)
 
     def _probe_loss(self, model: Any) -> float:
         return self.task.mean_loss(
@@ -130,10 +175,30 @@ class Client:
 
     def _examples(self, round_number: int) -> list[Any]:
         """This round's examples: a pure function of seed, client and round, whoever took part before."""
-        train, size = self.settings.train, len(self.data.train)
+        train, size = self.settings.train, len(self.rows)
         count = train.steps(size) * train.batch_size * train.accumulation
         order = round_order(size, (round_number - 1) * count, count, self.settings.seed, self.client_id)
-        return [self.data.train[i] for i in order]
+        return [self.rows[i] for i in order]
+
+    def _store(self, order: Order) -> Store | None:
+        """Where this run keeps what stays here; None where nothing does. Raises ValueError for a node without it."""
+        if not (self.settings.adapter.personal_rank or self.settings.train.keep_optimizer):
+            return None
+        if self.keeps is None:
+            raise ValueError(
+                "adapter.personal_rank and train.keep_optimizer need a folder on the client, got none at "
+                f"{self.client_id}: set state='/a/folder' in the node's configuration"
+            )
+        return Store.of(self.keeps, order.run, self.client_id)
+
+    def _kept(self, order: Order) -> dict[str, Tensor]:
+        store = self._store(order)
+        return store.load(order.round) if store else {}
+
+    def _keep(self, order: Order, personal: LowRankState, moments: Mapping[str, Tensor]) -> None:
+        if store := self._store(order):
+            factors = {f"{PERSONAL}/{m}/{n}": x for m, delta in personal.items() for n, x in delta.tensors().items()}
+            store.save(order.round, factors | {f"{MOMENTS}/{name}": tensor for name, tensor in moments.items()})
 
     def _require_base(self, assignment: Assignment) -> None:
         if assignment.order.base_hash != self.base.hash:
@@ -141,6 +206,25 @@ class Client:
                 f"the order is for the base {assignment.order.base_hash}, got {self.base.hash} from "
                 f"{self.base.source.name}: use the same checkpoint as the server"
             )
+
+
+def _penalty(work: Attached, order: Order, config: TrainConfig) -> Penalty | None:
+    """What is added to the loss: what the method asks of every client, and FedProx."""
+    terms: list[Penalty] = []
+    if order.penalty:
+        terms.append(lambda model: order.penalty * tail_penalty(model, order.keep))
+    if config.proximal:
+        terms.append(proximal_penalty(work.base if order.trains == WHOLE else work.model, config.proximal))
+    return (lambda model: sum(term(model) for term in terms)) if terms else None  # type: ignore[return-value]
+
+
+def _adapter(tensors: Mapping[str, Tensor]) -> LowRankState:
+    """What `Client._keep` wrote, by module."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.rpartition("/")
+        modules.setdefault(module, {})[factor] = tensor
+    return low_rank({module: delta_of(module, factors) for module, factors in modules.items()})
 
 
 @lru_cache(maxsize=16)
@@ -151,9 +235,9 @@ def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
 def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     """The client that a node is, from the server's settings and the node's own configuration.
 
-    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `quantization`, `data` and
-    `held-out`; `partition-id` says which part of the data it holds where several share one file. Raises ValueError
-    where the ranks are left to the nodes and this one gives none.
+    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `quantization`, `data`,
+    `held-out` and `state`; `partition-id` says which part of the data it holds where several share one file. Raises
+    ValueError where the ranks are left to the nodes and this one gives none.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -168,19 +252,26 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
         )
     base = model.open(settings.head)
     targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
-    examples = _load_data(base, client_id, partition, settings.model_copy(update={"data": data}))
-    return Client(client_id, int(rank), targets, base, examples, settings.model_copy(update={"data": data}))
+    settings = settings.model_copy(update={"data": data})
+    examples, rows = _load_data(base, client_id, partition, settings)
+    keeps = Path(str(node["state"])).expanduser() if node.get("state") else None
+    return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps)
 
 
 @lru_cache(maxsize=256)
-def _load_data(base: Base, client_id: str, partition: int, settings: ClientSettings) -> ClientData:
-    return load_client_data(
+def _load_data(
+    base: Base, client_id: str, partition: int, settings: ClientSettings
+) -> tuple[ClientData, tuple[Any, ...]]:
+    """The client's data, and its training examples as rows."""
+    task, train = find_task(settings.train.task), settings.train
+    data = load_client_data(
         settings.data,
-        find_task(settings.train.task),
+        task,
         base.tokenizer,
         client_id,
         partition,
         settings.clients.count,
         settings.seed,
-        settings.train.max_length,
+        train.max_length,
     )
+    return data, task.pack(data.train, train.max_length) if train.batching == "packed" and task.pack else data.train

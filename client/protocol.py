@@ -115,7 +115,8 @@ class Order:
 
     `trains` are the names of the tensors that take gradients, `penalty` and `keep` those of the method's `ClientRule`.
     `fresh_round` seeds the fresh rows of A; `share` is the digest of what is sent, `model` that of the global model
-    it was cut from: both come back with the reply. `settings` is JSON that the application reads as it likes.
+    it was cut from: both come back with the reply. `run` names the run, also after it was resumed: what a client keeps
+    from round to round it keeps by that name. `settings` is JSON that the application reads as it likes.
     """
 
     round: int
@@ -129,6 +130,7 @@ class Order:
     settings: str = "{}"
     penalty: float = 0.0
     keep: float = 1.0
+    run: str = ""
 
 
 @dataclass(frozen=True)

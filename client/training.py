@@ -6,16 +6,17 @@ import resource
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 
-from corolla.adapters import Base
+from corolla.adapters import Base, Penalty
 from corolla.client.config import TrainConfig
 from corolla.client.tasks import Example, find_task
-from corolla.client.tasks.rounds import Penalty
 
 
 def train_round(
@@ -27,29 +28,37 @@ def train_round(
     rounds: int,
     seed: int,
     penalty: Penalty | None = None,
+    moments: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Trains what takes gradients in `model`, in place, on `examples` in their order.
 
-    One optimizer step per batch_size × accumulation examples; `penalty(model)` is added to its loss. Returns
+    One optimizer step per batch_size × accumulation examples; `penalty(model)` is added to its loss. `moments`, where
+    given, are what the optimizer remembers, by `<parameter>/<name>`: taken up before, replaced after, in place. Returns
     train_loss (mean over the steps, the penalty included), tokens (not padding, the prompt included), seconds, steps
-    and peak_memory_mib. Raises RuntimeError where the loss is not finite.
+    and peak_memory_mib. Raises RuntimeError where the loss is not finite, ValueError for options that this device or
+    model does not have.
     """
     task = find_task(config.task)
     steps = math.ceil(len(examples) / (config.batch_size * config.accumulation))
     began = time.perf_counter()
     cuda = base.device.type == "cuda"
+    _require_device(config, cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats(base.device)
-    with tempfile.TemporaryDirectory() as folder, _training_mode(model), _as_it_was(base.model):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for around in (_training_mode(model), _as_it_was(base.model), _checkpointing(base.model, config)):
+            stack.enter_context(around)
         trainer = task.trainer(
             model=model,
-            args=task.arguments(**_arguments(config, steps, seed, folder, cuda), **task.options(config)),
+            args=task.arguments(**(_arguments(config, steps, seed, folder, cuda) | task.options(config))),
             train_dataset=Dataset.from_list(task.rows(model, base, examples)),
             data_collator=task.collator(base, config) if task.collator else None,
             processing_class=base.tokenizer,
             first_step=(round_number - 1) * steps,
             total_steps=rounds * steps,
             penalty=penalty,
+            moments=moments,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -57,6 +66,10 @@ def train_round(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not losses or not all(math.isfinite(loss) for loss in losses):
         raise RuntimeError(f"local training needs a finite loss, got {losses}: lower train.learning_rate")
+    if moments is not None:
+        found = trainer.read_moments()
+        moments.clear()
+        moments |= found
     metrics = {
         "train_loss": sum(losses) / len(losses),
         "steps": float(len(losses)),
@@ -64,6 +77,29 @@ def train_round(
         "seconds": time.perf_counter() - began,
     }
     return metrics | {"peak_memory_mib": _peak_memory(base.device) / 2**20}
+
+
+def _require_device(config: TrainConfig, cuda: bool) -> None:
+    if config.dtype == "float16" and not cuda:
+        raise ValueError("train.dtype = 'float16' needs a GPU, got the CPU: use 'bfloat16' or 'float32'")
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, config: TrainConfig) -> Any:
+    """Activations are recomputed in the backward pass inside, where train.checkpointing says so."""
+    if not config.checkpointing:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"train.checkpointing needs a model that can recompute its activations, got {type(model).__name__}: "
+            "use false"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -114,7 +150,8 @@ def _arguments(config: TrainConfig, steps: int, seed: int, folder: str, cuda: bo
         max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
-        gradient_checkpointing=False,
+        activation_checkpointing=False,  # train.checkpointing does it: the base must be as it was afterwards
+        torch_compile_backend=None if config.compile == "none" else config.compile,
         seed=seed,
         data_seed=seed,
         use_cpu=not cuda,

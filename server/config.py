@@ -148,6 +148,21 @@ class Config(Section):
                 f"aggregation.method = 'full' trains the weights themselves, got model.quantization = "
                 f"{self.model.quantization!r}: use 'none', or another method"
             )
+        if self.train.keep_optimizer and not method.lasting:
+            raise ValueError(
+                f"train.keep_optimizer needs components that last from round to round, got aggregation.method = "
+                f"{self.aggregation.method!r}, which makes new ones: leave it out, or use a method like 'fedit'"
+            )
+        if self.aggregation.method == "full" and self.adapter.personal_rank:
+            raise ValueError(
+                "aggregation.method = 'full' has no adapters, got adapter.personal_rank = "
+                f"{self.adapter.personal_rank}: leave it out"
+            )
+        if self.train.task == "preference" and (self.aggregation.method == "full" or self.adapter.init_from):
+            raise ValueError(
+                "train.task = 'preference' measures against the base as it is, got aggregation.method = 'full' or "
+                "adapter.init_from: use another method, without it"
+            )
         if self.aggregation.noise and self.aggregation.method == "full":
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
         head_of(self.train, self.data)

@@ -44,7 +44,7 @@ class RunFolder:
                 raise FileExistsError(
                     f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite"
                 )
-            for old in (path / "checkpoints", path / "adapter", path / "replies", path / "trackers"):
+            for old in (path / "checkpoints", path / "adapter", path / "replies", path / "trackers", path / "clients"):
                 shutil.rmtree(old, ignore_errors=True)
             for name in (METRICS, RUN, CONFIG, "best.json"):
                 (path / name).unlink(missing_ok=True)
@@ -64,6 +64,10 @@ class RunFolder:
     def config(self) -> Config:
         """The configuration that the run was started with."""
         return Config.load(self.path / CONFIG)
+
+    def run_id(self) -> str:
+        """The run's own name, the same after it was resumed; "" in folders made before runs had one."""
+        return str((self.read_json(RUN) or {}).get("id", ""))
 
     def write_config(self, config: Config) -> None:
         """Replaces the configuration; the tables leave out what is not set."""

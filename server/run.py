@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -147,6 +148,7 @@ def build_strategy(
     strategy = FederatedLoRA(
         method,
         settings=config.settings().model_dump_json(),
+        run_id=folder.run_id(),
         seed=run.seed,
         weights=aggregation.weights,
         sampling=Sampling(run.fraction, run.clients_per_round),
@@ -213,6 +215,7 @@ def run_facts(config: Config) -> dict[str, Any]:
     """What a reader needs to rerun it: versions, commit, machine."""
     packages = ("corolla", "flwr", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
     return {
+        "id": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": config.run.seed,
         "threads": config.run.threads or len(os.sched_getaffinity(0)),

@@ -109,6 +109,7 @@ class FederatedLoRA(Strategy):
         method: Method | str = "flora",
         *,
         settings: str = "{}",
+        run_id: str = "",
         seed: int = 0,
         weights: str = "examples",
         sampling: Sampling = Sampling(),
@@ -129,7 +130,7 @@ class FederatedLoRA(Strategy):
         on_evaluation: OnEvaluation = lambda round_number, clients, failed: None,
     ) -> None:
         self.method = build_method(method) if isinstance(method, str) else method
-        self.seed, self.weights, self.sampling = seed, weights, sampling
+        self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
         self.fleet = Fleet(settings, base_hash, deadline)
@@ -237,6 +238,7 @@ class FederatedLoRA(Strategy):
             settings=self.fleet.settings,
             penalty=float(rule.penalty),
             keep=float(rule.keep),
+            run=self.run_id,
         )
 
     def _message(self, assignment: Assignment, client: str, kind: str) -> Message:

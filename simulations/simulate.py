@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from corolla.aggregation import AdapterState, GlobalModel, whole
+from corolla.client.app import CLIENTS, use_threads
 from corolla.client.app import app as client_app
-from corolla.client.app import use_threads
 from corolla.client.local import Client, open_client
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
@@ -120,12 +120,15 @@ def _with(config: Config, overrides: Iterable[str]) -> Config:
 
 def nodes(config: Config) -> list[dict[str, Any]]:
     """The node configuration of every simulated client."""
-    return [{"partition-id": k, "num-partitions": config.clients.count} for k in range(config.clients.count)]
+    common = {"num-partitions": config.clients.count, "state": str(Path(config.run.out) / CLIENTS)}
+    return [{"partition-id": k, **common} for k in range(config.clients.count)]
 
 
 def clients_of(config: Config) -> dict[str, Client]:
-    """Every client of a simulation, open in this process, by name."""
-    clients = [open_client(config.settings(), node) for node in nodes(config)]
+    """Every client of a simulation, open in this process, by name; they keep nothing from round to round."""
+    forgets = {"adapter.personal_rank": "", "train.keep_optimizer": False}
+    settings = Config.from_flat(config.flat() | forgets).settings()
+    clients = [open_client(settings, node) for node in nodes(config)]
     return {client.client_id: client for client in clients}
 
 

@@ -21,4 +21,12 @@ def fedit() -> Method:
 
     Not exact: Σ p_k B_k A_k − B̄ Ā = Σ p_k (B_k − B̄)(A_k − Ā), the weighted cross-covariance of the factors.
     """
-    return Method("fedit", shared_start, lambda round: ClientRule(), _aggregate, mixed_ranks=False, common_start=True)
+    return Method(
+        "fedit",
+        shared_start,
+        lambda round: ClientRule(),
+        _aggregate,
+        mixed_ranks=False,
+        common_start=True,
+        lasting=True,
+    )

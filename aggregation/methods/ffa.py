@@ -25,4 +25,6 @@ def ffa() -> Method:
     """
     rule = ClientRule(trains=TRAINS, carries=True, fresh_per_round=False)
     why = "its clients train B alone, on an A that all share"
-    return Method("ffa", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, linear=TRAINS)
+    return Method(
+        "ffa", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, linear=TRAINS, lasting=True
+    )

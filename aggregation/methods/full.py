@@ -21,4 +21,6 @@ def full() -> Method:
     The base stays as it is; each client trains a dense ΔW beside it, out · in numbers a module.
     """
     why = "its clients train whole weights"
-    return Method("full", empty_start, lambda round: ClientRule(trains=frozenset({"W"})), _aggregate, foreign=why)
+    return Method(
+        "full", empty_start, lambda round: ClientRule(trains=frozenset({"W"})), _aggregate, foreign=why, lasting=True
+    )

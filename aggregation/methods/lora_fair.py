@@ -41,5 +41,11 @@ def lora_fair(penalty: float = 0.01) -> Method:
         return GlobalUpdate({}, start, proof)
 
     return Method(
-        "lora-fair", shared_start, lambda round: ClientRule(), aggregate, mixed_ranks=False, common_start=True
+        "lora-fair",
+        shared_start,
+        lambda round: ClientRule(),
+        aggregate,
+        mixed_ranks=False,
+        common_start=True,
+        lasting=True,
     )

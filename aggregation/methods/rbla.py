@@ -23,4 +23,4 @@ def rbla() -> Method:
 
     Not exact: component i reaches the model as E_i[b] E_i[a], too large by 1/π_i.
     """
-    return Method("rbla", shared_start, lambda round: ClientRule(), _aggregate, common_start=True)
+    return Method("rbla", shared_start, lambda round: ClientRule(), _aggregate, common_start=True, lasting=True)

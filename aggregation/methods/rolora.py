@@ -35,4 +35,5 @@ def rolora() -> Method:
         _aggregate,
         common_start=True,
         foreign=why,
+        lasting=True,
     )

@@ -22,4 +22,4 @@ def zero_padding() -> Method:
     Not exact: with π_i the weight of the clients that hold component i, it reaches the model as π_i² E_i[b] E_i[a]
     instead of π_i E_i[b a].
     """
-    return Method("zero-padding", shared_start, lambda round: ClientRule(), _aggregate, common_start=True)
+    return Method("zero-padding", shared_start, lambda round: ClientRule(), _aggregate, common_start=True, lasting=True)

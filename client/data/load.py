@@ -22,6 +22,11 @@ class ClientData:
     held_out: tuple[Example, ...]
     too_long: int
 
+    @property
+    def left_out(self) -> dict[str, float]:
+        """How many examples were left out, by reason."""
+        return {"too_long": float(self.too_long)}
+
 
 def load_client_data(
     config: DataConfig,

@@ -14,16 +14,20 @@ from corolla.client.tasks.task import Example, Row, Task
 class Entry:
     """Where a task is (the module whose `TASK` it is), and what others must know without importing its trainer.
 
-    `head` is its base's (`corolla.adapters.heads.HEADS`), `score` the metric between 0 and 1 that it reports first.
+    `head` is its base's (`corolla.adapters.heads.HEADS`), `score` the metric between 0 and 1 that it reports first,
+    `batchings` the values of train.batching that it can do.
     """
 
     module: str
     head: str
     score: str
+    batchings: tuple[str, ...] = ("padded",)
 
 
 TASKS: Mapping[str, Entry] = {
-    "causal-lm": Entry("corolla.client.tasks.causal_lm", "causal-lm", "exact_match"),
+    "causal-lm": Entry(
+        "corolla.client.tasks.causal_lm", "causal-lm", "exact_match", ("padded", "padding-free", "packed")
+    ),
     "classification": Entry("corolla.client.tasks.classification", "classification", "accuracy"),
     "preference": Entry("corolla.client.tasks.preference", "causal-lm", "preference_accuracy"),
 }

@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from corolla.adapters import Base
 from corolla.client.config import DataConfig, TrainConfig
 from corolla.client.evaluation import answer_all, answer_log_probs, mean_loss
+from corolla.client.tasks.packing import pack
 from corolla.client.tasks.rounds import SpansRounds
 from corolla.client.tasks.task import IGNORED, Row, Task
 
@@ -159,7 +160,11 @@ class CausalTrainer(SpansRounds, SFTTrainer):
 
 
 def _options(train: TrainConfig) -> dict[str, Any]:
-    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    return {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "padding_free": train.batching != "padded",
+    }
 
 
 TASK = Task(
@@ -172,4 +177,5 @@ TASK = Task(
     mean_loss=mean_loss,
     answer=answer,
     options=_options,
+    pack=pack,
 )

@@ -51,7 +51,8 @@ class Task:
     `options(train)` arguments of its own, `collator(base, train)` makes batches (None: the trainer's own).
     `evaluate(model, base, examples, data)` are metrics: `held_out_loss`, `examples`, and its score of `TASKS`, with
     `<score>/<group>` and `examples/<group>` where examples have groups. `mean_loss(model, base, examples)` is the loss
-    alone, in nats; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
+    alone, in nats; `pack(examples, size)` are longer examples of up to `size` tokens each, for train.batching =
+    packed; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
     """
 
     name: str
@@ -65,3 +66,4 @@ class Task:
     options: "Callable[[TrainConfig], dict[str, Any]]" = lambda train: {}
     rows: "Callable[[Any, Base, Sequence[Any]], list[dict[str, Any]]]" = _features
     collator: "Callable[[Base, TrainConfig], Any] | None" = None
+    pack: "Callable[[Sequence[Any], int], tuple[Any, ...]] | None" = None

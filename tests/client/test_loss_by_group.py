@@ -32,4 +32,5 @@ def test_the_loss_of_a_group_is_that_of_its_examples_alone(tmp_path):
     }  # fmt: skip
     assert not any(name.startswith("exact_match") for name in found)
     asked = causal_lm.evaluate(base.model, base, examples, DataConfig(max_new_tokens=2))
-    assert asked["held_out_loss"] == found["held_out_loss"] and "exact_match/letters" in asked
+    assert asked["held_out_loss"] == found["held_out_loss"]
+    assert "exact_match/letters" in asked
