@@ -100,6 +100,7 @@ def _checkpointing(model: Any, config: TrainConfig) -> Any:
         yield
     finally:
         model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # the former leaves the hook where no adapter of transformers' own is there
 
 
 def _peak_memory(device: torch.device) -> int:
