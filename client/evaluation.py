@@ -11,8 +11,8 @@ from corolla.adapters import Base
 from corolla.client.tasks.scores import by_group
 from corolla.client.tasks.task import IGNORED
 
-BATCH = 32
-"""Examples that are evaluated together."""
+BATCH, TOKENS = 32, 4096
+"""Examples that are evaluated together, and their tokens with padding: the logits are as large as the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,14 @@ def answer_all(model: Any, base: Base, examples: Sequence[Any], max_new_tokens: 
 def _batches(examples: Sequence[Any]) -> Iterator[list[int]]:
     """Positions in batches of similar length, the same batches for the same examples."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
-    for first in range(0, len(order), BATCH):
-        yield order[first : first + BATCH]
+    batch: list[int] = []
+    for position in order:
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * len(examples[position].input_ids) > TOKENS):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
 
 
 def mean_loss(model: Any, base: Base, examples: Sequence[Any]) -> float:
@@ -69,12 +75,11 @@ def answer_log_probs(model: Any, base: Base, examples: Sequence[Any]) -> list[fl
         mask = torch.tensor(
             [[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in batch], device=base.device
         )
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        targets = labels[:, 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )
-        for position, loss in zip(positions, losses.double().sum(1).tolist(), strict=True):
+        logits, targets = model(input_ids=ids, attention_mask=mask).logits[:, :-1], labels[:, 1:]
+        learned = targets != IGNORED
+        losses = torch.nn.functional.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
+        sums = losses.new_zeros(len(batch), dtype=torch.float64).index_add(0, learned.nonzero()[:, 0], losses.double())
+        for position, loss in zip(positions, sums.tolist(), strict=True):
             found[position] = -loss
     return found
 
