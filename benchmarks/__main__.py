@@ -3,6 +3,7 @@
 import os
 import platform
 import warnings
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from benchmarks.aggregation import (
     stack_over_copy,
     streamed_memory,
 )
-from benchmarks.training import client_over_bare
+from benchmarks.training import client_over_bare, further_client, setup_over_half_a_second
 
 
 def main() -> None:
@@ -34,7 +35,9 @@ def main() -> None:
         certified_over_qr,
         noise_over_qr,
         dense_svd_over_compress,
-        client_over_bare,
+        *(partial(client_over_bare, rank) for rank in (0, 64, 160)),
+        setup_over_half_a_second,
+        further_client,
     )
     for benchmark in benchmarks:
         what, first, second = benchmark()
