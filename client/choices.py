@@ -1,9 +1,7 @@
 """Multiple choice by log-likelihood: which of the given answers the model finds most likely. Nothing is generated."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from corolla.adapters import Base
@@ -67,39 +65,6 @@ def _each(sums: Sequence[float], sizes: Sequence[int]) -> list[float]:
 
 def _characters(example: ChoiceExample) -> list[int]:
     return [len(choice.completion or "") for choice in example.choices]
-
-
-def read_choices(path: Path, config: DataConfig) -> list[Row] | None:
-    """The questions of a JSONL file, None for a file of another kind: its first row has no "choices" and "answer".
-
-    Raises FileNotFoundError, and ValueError with the line of a row that is no question.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"data needs a JSONL file, got {path}: no such file")
-    rows: list[Row] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, must be JSON: {error}") from error
-        if not rows and not (isinstance(row, dict) and {"choices", "answer"} <= row.keys()):
-            return None
-        rows.append(_question(row, config, f"{path}, line {number},"))
-    return rows or None
-
-
-def _question(row: Any, config: DataConfig, place: str) -> Row:
-    found = row if isinstance(row, dict) else {}
-    prompt, choices, answer = (found.get(name) for name in (config.prompt, "choices", "answer"))
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{place} must have a question in {config.prompt!r}, got {prompt!r}: set data.prompt")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError(f"{place} must have two or more texts in 'choices', got {choices!r}")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"{place} must have the right choice's index, from 0, in 'answer', got {answer!r}")
-    return {"prompt": prompt, "choices": choices, "answer": answer, "group": str(found.get(config.group) or "")}
 
 
 def encode_choices(tokenizer: Any, config: DataConfig, row: Row) -> ChoiceExample:

@@ -73,20 +73,29 @@ class DataConfig(Section):
     """Where a client's examples come from."""
 
     train: str = Field(
-        GENERATED, description="a JSONL file ({client} in its name: one file a client), or 'tasks': generated"
+        GENERATED,
+        description="a file, a folder or a hub id ({client} in its name: one a client), or 'tasks': generated",
     )
-    held_out: str | None = Field(
-        None, description="a JSONL file of held-out examples; unset: a part of the training rows"
-    )
-    server_held_out: str | None = Field(None, description="a file of held-out examples that the server evaluates on")
+    held_out: str | None = Field(None, description="the same for held-out examples; unset: a part of the training rows")
+    server_held_out: str | None = Field(None, description="held-out examples that the server evaluates on")
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="that part, where held_out is unset")
+    split: str = Field("train", description="of a folder or a hub id: train, test, train[:1000] …")
+    subset: str | None = Field(None, description="of a hub id: its configuration")
+    format: str = Field(
+        "auto",
+        description="auto: by the columns; or prompt-completion, instruction, chat, text, text-label, preference",
+    )
     prompt: str = Field("prompt", description="column with the prompt")
     completion: str = Field("completion", description="column with the answer")
     group: str = Field("family", description="column by which results are told apart, where the rows have it")
-    partition: Literal["iid", "column"] = Field(
-        "column", description="how one file is split: at random, or by a column"
+    partition: Literal["column", "iid", "dirichlet", "pathological", "linear", "square", "exponential"] = Field(
+        "column",
+        description="how rows are split: whole values of a column; at random; labels by Dirichlet; a few labels each; "
+        "or at random in sizes 1, 2, 3 …, their squares, their exponentials",
     )
-    partition_column: str = Field("family", description="the column: each client gets whole values of it")
+    partition_column: str = Field("family", description="the column of values or labels")
+    partition_alpha: float = Field(0.5, gt=0, description="dirichlet: the smaller, the more skewed")
+    partition_labels: int = Field(2, ge=1, description="pathological: labels of each client")
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's; plain: prompt, newline"
     )

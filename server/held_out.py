@@ -1,11 +1,10 @@
 """The server's own held-out examples: the global model is evaluated on them wherever clients evaluate it."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from corolla.adapters import Base, carrying
 from corolla.aggregation import GlobalModel, whole, without_empty
-from corolla.client.data import encode_rows, read_rows
+from corolla.client.data import encode_source, read_source
 from corolla.client.tasks import find_task
 from corolla.server.config import Config
 
@@ -22,8 +21,10 @@ def open_judge(config: Config, open_base: Callable[[], Base]) -> Judge | None:
     path = config.data.server_held_out
     if not path:
         return None
-    if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(f"data.server_held_out must be a file on the server, got {path}: no such file")
+    try:
+        source = read_source(path, config.data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.server_held_out must be on the server, got {path}: {error}") from error
     try:
         base = open_base()
     except (FileNotFoundError, ImportError) as error:
@@ -32,7 +33,7 @@ def open_judge(config: Config, open_base: Callable[[], Base]) -> Judge | None:
             "data.server_held_out out"
         ) from error
     task = find_task(config.train.task)
-    examples = encode_rows(config.data, task, base.tokenizer, read_rows(path, config.data))
+    examples = encode_source(source, config.data, task, base.tokenizer).examples
 
     def judge(model: GlobalModel) -> dict[str, float]:
         with carrying(base.model, without_empty(whole(model))) as carried:

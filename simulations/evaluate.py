@@ -8,8 +8,8 @@ from typing import Any
 
 from corolla.adapters import Base, carrying
 from corolla.aggregation import AdapterState
-from corolla.client.choices import Likelihoods, encode_choices, read_choices, score_choices
-from corolla.client.data import encode_rows, read_rows
+from corolla.client.choices import Likelihoods, encode_choices, score_choices
+from corolla.client.data import Source, encode_source, read_questions, read_source
 from corolla.client.tasks import find_task
 from corolla.client.tasks.task import Row
 from corolla.server.config import Config
@@ -30,25 +30,26 @@ class Evaluated:
 def evaluate_checkpoint(
     run: Path, data: Path, round_number: int | None = None, answers: Path | None = None
 ) -> tuple[Metrics, Metrics]:
-    """The metrics of the base and of the run's global model on a JSONL file; `answers` gets what both said.
+    """The metrics of the base and of the run's global model on a file; `answers` gets what both said.
 
     Rows with "choices" and "answer" are multiple choice (`corolla.client.choices`); all others are the task's own, in
     the same encoding and decoding as in the run.
     """
     config, base, adapter = open_checkpoint(run, round_number)
-    questions = read_choices(data, config.data)
+    source = read_source(str(data), config.data)
+    questions = read_questions(source, config.data)
     if questions is not None:
         found = _choose(config, base, adapter, questions)
     else:
-        found = _answer(config, base, adapter, data, bool(answers))
+        found = _answer(config, base, adapter, source, bool(answers))
     if answers:
         answers.write_text("".join(json.dumps(line) + "\n" for line in found.lines))
     return found.base, found.tuned
 
 
-def _answer(config: Config, base: Base, adapter: AdapterState, data: Path, with_answers: bool) -> Evaluated:
+def _answer(config: Config, base: Base, adapter: AdapterState, source: Source, with_answers: bool) -> Evaluated:
     task = find_task(config.train.task)
-    examples = encode_rows(config.data, task, base.tokenizer, read_rows(str(data), config.data))
+    examples = encode_source(source, config.data, task, base.tokenizer).examples
     metrics, given = [], []
     for part in ({}, adapter):
         with carrying(base.model, part) as model:

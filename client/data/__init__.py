@@ -1,6 +1,24 @@
 """From a client's files to encoded examples, dealt out round by round."""
 
-from corolla.client.data.load import ClientData, encode_rows, load_client_data, read_rows
+from corolla.client.data.load import (
+    ClientData,
+    Encoded,
+    client_sources,
+    encode_source,
+    load_client_data,
+    read_questions,
+)
 from corolla.client.data.order import round_order
+from corolla.client.data.sources import Source, read_source
 
-__all__ = ["ClientData", "encode_rows", "load_client_data", "read_rows", "round_order"]
+__all__ = [
+    "ClientData",
+    "Encoded",
+    "Source",
+    "client_sources",
+    "encode_source",
+    "load_client_data",
+    "read_questions",
+    "read_source",
+    "round_order",
+]

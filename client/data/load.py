@@ -1,31 +1,48 @@
 """A client's own examples: found, split into training and held-out, and encoded by its task."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from corolla.client.config import GENERATED, DataConfig
+from corolla.client.data.formats import CHOICE, read_row, recognise
 from corolla.client.data.generated import generate_tasks
+from corolla.client.data.partition import partition
+from corolla.client.data.sources import Source, read_source
 from corolla.client.seeding import random_order
 from corolla.client.tasks import Example, Row, Task
+
+log = logging.getLogger(__name__)
+
+EMPTY, MASKED, TOO_LONG = "empty", "nothing_to_learn", "too_long"
+"""Why an example is left out: it has no answer or no text; the loss would see none of it; it has too many tokens."""
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's training and held-out examples, and how many were left out as too long."""
+    """A client's training and held-out examples, and how many were left out, by reason.
+
+    The reasons are empty, nothing_to_learn and too_long, and the same with held_out_ before.
+    """
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    too_long: int
+    left_out: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def left_out(self) -> dict[str, float]:
-        """How many examples were left out, by reason."""
-        return {"too_long": float(self.too_long)}
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of `source` as examples of a task, in their order, without those left out."""
+
+    source: Source
+    format: str
+    examples: tuple[Any, ...]
+    left_out: Mapping[str, int]
 
 
 def load_client_data(
@@ -40,89 +57,101 @@ def load_client_data(
 ) -> ClientData:
     """The examples of the client that holds `partition` of `clients`, tokenized.
 
-    Raises FileNotFoundError for a file that is not there, ValueError for rows without the columns, a client
-    without rows, or one whose examples are all longer than `max_length` tokens.
+    Raises FileNotFoundError for a file that is not there, ValueError for rows that are not of their format (with the
+    line), a client without rows, or one whose examples are all left out.
     """
-    train, held_out = _load_rows(config, client_id, partition, clients, seed)
-    encoded = encode_rows(config, task, tokenizer, train)
-    kept = tuple(example for example in encoded if example.length <= max_length)
-    if not kept:
+    train, held_out = client_sources(config, client_id, partition, clients, seed)
+    kept = encode_source(train, config, task, tokenizer, max_length)
+    if not kept.examples:
         raise ValueError(
-            f"client {client_id} needs an example of at most {max_length} tokens, got {len(encoded)} examples, "
-            "none of them so short: raise train.max_length or look at data.train"
+            f"client {client_id} needs an example of at most {max_length} tokens, got {len(train)} rows, of which "
+            f"{_words(kept.left_out)}: raise train.max_length or look at data.train"
         )
-    return ClientData(kept, tuple(encode_rows(config, task, tokenizer, held_out)), len(encoded) - len(kept))
+    other = encode_source(held_out, config, task, tokenizer, max_length) if held_out else None
+    left_out = dict(kept.left_out) | {f"held_out_{k}": n for k, n in (other.left_out if other else {}).items()}
+    if any(left_out.values()):
+        log.warning("%s: of %d rows, %s", client_id, len(train) + len(held_out or ()), _words(left_out))
+    return ClientData(kept.examples, other.examples if other else (), {k: float(n) for k, n in left_out.items()})
 
 
-def encode_rows(config: DataConfig, task: Task, tokenizer: Any, rows: Iterable[Row]) -> list[Any]:
-    """The rows as examples of `task`, in their order."""
-    return [task.encode(tokenizer, config, _canonical(config, row)) for row in rows]
+def _words(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in left_out.items() if n) or "none was left out"
 
 
-def _canonical(config: DataConfig, row: Row) -> Row:
-    if config.completion not in row:
-        return row
-    return {
-        "prompt": row[config.prompt],
-        "completion": row[config.completion],
-        "group": str(row.get(config.group, "")),
-    }
+def encode_source(
+    source: Source, config: DataConfig, task: Task, tokenizer: Any, max_length: int | None = None
+) -> Encoded:
+    """The rows as examples of `task`; those without anything to learn, or over `max_length` tokens, are counted.
+
+    Raises ValueError, with the row's place, for one that is not what its format says.
+    """
+    name = recognise(source.name, source.rows.column_names, config, task.formats)
+    examples, left_out = [], Counter({TOO_LONG: 0, EMPTY: 0, MASKED: 0})
+    for index, raw in enumerate(source.rows):
+        try:
+            row = read_row(name, config, raw)
+            example = task.encode(tokenizer, config, row) if row else None
+        except ValueError as error:
+            raise ValueError(f"{source.place(index)}, {error}") from error
+        if example is None:
+            left_out[EMPTY] += 1
+        elif not example.learned:
+            left_out[MASKED] += 1
+        elif max_length and example.length > max_length:
+            left_out[TOO_LONG] += 1
+        else:
+            examples.append(example)
+    return Encoded(source, name, tuple(examples), dict(left_out))
 
 
-def _load_rows(config: DataConfig, client_id: str, partition: int, clients: int, seed: int) -> tuple[list[Row], ...]:
+def read_questions(source: Source, config: DataConfig) -> list[Row] | None:
+    """The rows of format multiple-choice; None where they are of another. Raises ValueError with a row's place."""
+    try:
+        recognise(source.name, source.rows.column_names, config, (CHOICE,))
+    except ValueError:
+        return None
+    rows = []
+    for index, raw in enumerate(source.rows):
+        try:
+            rows.append(read_row(CHOICE, config, raw))
+        except ValueError as error:
+            raise ValueError(f"{source.place(index)}, {error}") from error
+    return [row for row in rows if row]
+
+
+def client_sources(
+    config: DataConfig, client_id: str, partition: int, clients: int, seed: int
+) -> tuple[Source, Source | None]:
+    """The client's training rows and its held-out ones, None without any."""
+    reader = client_id if "{client}" in f"{config.train} {config.held_out}" else ""
+    train, held_out = _shared(config, reader)
+    mine = (
+        train if "{client}" in config.train else train.select(_parts(config, reader, clients, seed, False)[partition])
+    )
+    if held_out is not None:
+        whole = "{client}" in str(config.held_out)
+        return train, held_out if whole else held_out.select(_parts(config, reader, clients, seed, True)[partition])
+    order = random_order(seed, client_id, "held-out", size=len(train))
+    count = round(config.held_out_fraction * len(train))
+    return train.select(sorted(order[count:].tolist())), train.select(sorted(order[:count].tolist())) if count else None
+
+
+@lru_cache(maxsize=8)
+def _shared(config: DataConfig, client_id: str) -> tuple[Source, Source | None]:
+    """All rows of the files that this client reads."""
     if config.train == GENERATED:
-        train, held_out = generate_tasks(config.tasks_seed, None, config.tasks_train, config.tasks_held_out)
-        return tuple(
-            list(_part(Dataset.from_list(rows), config, partition, clients, seed)) for rows in (train, held_out)
-        )
-    mine = _own_rows(config, config.train, client_id, partition, clients, seed)
-    if config.held_out:
-        return mine, _own_rows(config, config.held_out, client_id, partition, clients, seed)
-    order = random_order(seed, client_id, "held-out", size=len(mine))
-    count = round(config.held_out_fraction * len(mine))
-    return [mine[i] for i in sorted(order[count:])], [mine[i] for i in sorted(order[:count])]
+        rows: Sequence[Any] = generate_tasks(config.tasks_seed, None, config.tasks_train, config.tasks_held_out)
+        train, held_out = (Source(GENERATED, Dataset.from_list(list(part))) for part in rows)
+        return train, held_out if len(held_out) else None
+    named = (name.replace("{client}", client_id) if name else None for name in (config.train, config.held_out))
+    found = [read_source(name, config) if name else None for name in named]
+    return found[0], found[1]  # type: ignore[return-value]
 
 
-def _own_rows(config: DataConfig, path: str, client_id: str, partition: int, clients: int, seed: int) -> list[Row]:
-    """This client's rows of a file: all of it where the name has {client}, its partition otherwise."""
-    rows = read_rows(path.replace("{client}", client_id), config)
-    return list(rows if "{client}" in path else _part(rows, config, partition, clients, seed))
-
-
-def read_rows(path: str, config: DataConfig) -> Dataset:
-    """The rows of a JSONL file. Raises what `load_client_data` raises for files and columns."""
-    if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(f"data needs a JSONL file, got {path}: no such file")
-    rows = load_dataset("json", data_files=str(Path(path).expanduser()), split="train", cache_dir=None)
-    for column in (
-        (config.prompt, config.completion)
-        if config.completion in rows.column_names or "question" in rows.column_names
-        else ()
-    ):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"rows of {path} need columns {config.prompt!r} and {config.completion!r}, got {rows.column_names}: "
-                "set data.prompt and data.completion"
-            )
-    return rows
-
-
-def _part(rows: Dataset, config: DataConfig, partition: int, clients: int, seed: int) -> Dataset:
-    """Partition number `partition` of `clients`: a random share, or whole values of a column."""
-    if config.partition == "iid":
-        shuffled = rows.select(random_order(seed, "iid", size=len(rows)))
-        return shuffled.shard(num_shards=clients, index=partition, contiguous=True)
-    column = config.partition_column
-    if column not in rows.column_names:
-        raise ValueError(
-            f"data.partition = 'column' needs the column {column!r}, got {rows.column_names}: set "
-            "data.partition_column, or data.partition = 'iid'"
-        )
-    values = rows.unique(column)
-    if len(values) < clients:
-        raise ValueError(
-            f"{clients} clients need as many values of {column!r}, got {len(values)}: use fewer clients, "
-            "or data.partition = 'iid'"
-        )
-    mine = set(np.array_split(np.array(values, dtype=object), clients)[partition])
-    return rows.select([i for i, value in enumerate(rows[column]) if value in mine])
+@lru_cache(maxsize=8)
+def _parts(config: DataConfig, client_id: str, clients: int, seed: int, of_held_out: bool) -> list[list[int]]:
+    train, held_out = _shared(config, client_id)
+    if of_held_out and held_out is not None:
+        like = train.rows if config.train == GENERATED or "{client}" not in config.train else None
+        return partition(held_out.rows, config, clients, seed, like)
+    return partition(train.rows, config, clients, seed)

@@ -147,7 +147,7 @@ def _local_only(home: RunFolder, config: Config, watch: Watch) -> dict[str, floa
     for client_id, client in clients_of(config).items():
         numbers = home.read_json(f"{client_id}.json")
         if numbers is None:
-            steps = config.run.rounds * config.train.steps(len(client.data.train))
+            steps = config.run.rounds * config.train.steps(len(client.rows))
             numbers = measure(train_through(client, steps, watch), config)
             home.write_json(f"{client_id}.json", numbers)
         found.append(numbers)
@@ -159,10 +159,10 @@ def _centralised(home: RunFolder, config: Config, watch: Watch) -> dict[str, flo
     clients = list(clients_of(config).values())
     run = config.run
     part = (run.clients_per_round or math.ceil(run.fraction * len(clients))) / len(clients)
-    each = sum(config.train.steps(len(client.data.train)) for client in clients)
-    data = ClientData(tuple(e for c in clients for e in c.data.train), (), sum(c.data.too_long for c in clients))
+    each = sum(config.train.steps(len(client.rows)) for client in clients)
+    data = ClientData(tuple(e for c in clients for e in c.data.train), ())
     rank = max(client.rank for client in clients)
-    everybody = replace(clients[0], client_id=CENTRALISED, rank=rank, targets=None, data=data)
+    everybody = replace(clients[0], client_id=CENTRALISED, rank=rank, targets=None, data=data, rows=data.train)
     return measure(train_through(everybody, round(run.rounds * part * each), watch), config)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from corolla.client import evaluation
-from corolla.client.choices import encode_choices, read_choices, score_choices
+from corolla.client.choices import encode_choices, score_choices
 from corolla.client.config import DataConfig
+from corolla.client.data import read_questions, read_source
 
 PLAIN, CHAT = DataConfig(template="plain"), DataConfig(template="chat")
 
@@ -111,7 +112,7 @@ def test_log_likelihoods_equal_those_of_lm_eval(tiny):
         ('{"prompt": "p", "choices": ["a", "b"], "answer": 2}', "line 2, must have the right choice's index, .* got 2"),
         ('{"prompt": "p", "choices": ["a", "b"], "answer": true}', "line 2, .* got True"),
         ('{"choices": ["a", "b"], "answer": 0}', "line 2, must have a question in 'prompt', got None"),
-        ("[1]", "line 2, must have a question"),
+        ("[1]", "line 2, must be an object with columns"),
         ("{", "line 2, must be JSON"),
     ],
 )
@@ -119,14 +120,14 @@ def test_a_broken_question_is_named_by_its_line(line, message, tmp_path):
     path = tmp_path / "mc.jsonl"
     path.write_text('{"prompt": "p", "choices": ["a", "b"], "answer": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_choices(path, PLAIN)
+        read_questions(read_source(str(path), PLAIN), PLAIN)
 
 
 def test_only_questions_are_read_as_such(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "completion": "c"}\n')
-    assert read_choices(path, PLAIN) is None
+    assert read_questions(read_source(str(path), PLAIN), PLAIN) is None
     path.write_text("\n".join(json.dumps(row | {"family": row["group"]}) for row in questions(3)) + "\n\n")
-    assert read_choices(path, PLAIN) == questions(3)
+    assert read_questions(read_source(str(path), PLAIN), PLAIN) == questions(3)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        read_choices(tmp_path / "none.jsonl", PLAIN)
+        read_source(str(tmp_path / "none.jsonl"), PLAIN)

@@ -106,8 +106,8 @@ def test_a_file_per_client(tmp_path):
 def test_too_long_examples_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", [ROW, ROW | {"prompt": "x" * 100}])
     data = load(DataConfig(train=path, partition="iid", held_out_fraction=0), clients=1)
-    assert (len(data.train), data.too_long) == (1, 1)
-    with pytest.raises(ValueError, match=r"at most 8 tokens, got 2 examples.*train\.max_length"):
+    assert (len(data.train), data.left_out["too_long"]) == (1, 1)
+    with pytest.raises(ValueError, match=r"at most 8 tokens, got 2 rows, of which 2 too long.*train\.max_length"):
         load(DataConfig(train=path, partition="iid", held_out_fraction=0), clients=1, max_length=8)
 
 
@@ -115,9 +115,9 @@ def test_too_long_examples_are_left_out_and_counted(tmp_path):
     ("rows", "options", "message"),
     [
         (
-            [{"question": "a", "completion": "b"}],
-            {},
-            r"need columns 'prompt' and 'completion', got \['question', 'completion'\]",
+            [{"question": "a", "completion": "b"}] * 2,
+            {"partition": "iid"},
+            r"must have the columns of its format .*, got question, completion.*data\.completion",
         ),
         ([ROW], {}, r"2 clients need as many values of 'family', got 1"),
         ([{"prompt": "a", "completion": "b"}], {}, r"needs the column 'family'.*'iid'"),

@@ -43,7 +43,7 @@ def test_without_base_or_file_the_run_ends_before_it_begins(tiny_folder, rows, t
     with pytest.raises(FileNotFoundError, match=r"needs the base on the server, got none \(no such path\)"):
         open_judge(config, no_base)
     missing = tiny_config(tiny_folder, tmp_path / "gone", data={"server_held_out": str(tmp_path / "none.jsonl")})
-    with pytest.raises(FileNotFoundError, match=r"must be a file on the server, got .*none\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"must be on the server, got .*none\.jsonl"):
         simulate(missing)
     assert RunFolder.open(tmp_path / "gone").lines() == []
 
