@@ -125,9 +125,8 @@ def client_sources(
     """The client's training rows and its held-out ones, None without any."""
     reader = client_id if "{client}" in f"{config.train} {config.held_out}" else ""
     train, held_out = _shared(config, reader)
-    mine = (
-        train if "{client}" in config.train else train.select(_parts(config, reader, clients, seed, False)[partition])
-    )
+    if "{client}" not in config.train:
+        train = train.select(_parts(config, reader, clients, seed, False)[partition])
     if held_out is not None:
         whole = "{client}" in str(config.held_out)
         return train, held_out if whole else held_out.select(_parts(config, reader, clients, seed, True)[partition])
