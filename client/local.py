@@ -253,14 +253,15 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     base = model.open(settings.head)
     targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
     settings = settings.model_copy(update={"data": data})
-    examples, rows = _load_data(base, client_id, partition, settings)
+    share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
+    examples, rows = _load_data(base, client_id, *share, settings)
     keeps = Path(str(node["state"])).expanduser() if node.get("state") else None
     return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps)
 
 
 @lru_cache(maxsize=256)
 def _load_data(
-    base: Base, client_id: str, partition: int, settings: ClientSettings
+    base: Base, client_id: str, partition: int, clients: int, settings: ClientSettings
 ) -> tuple[ClientData, tuple[Any, ...]]:
     """The client's data, and its training examples as rows."""
     task, train = find_task(settings.train.task), settings.train
@@ -270,7 +271,7 @@ def _load_data(
         base.tokenizer,
         client_id,
         partition,
-        settings.clients.count,
+        clients,
         settings.seed,
         train.max_length,
     )

@@ -32,7 +32,7 @@ class Format:
 def _text(row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(f"must have a text in {name!r}, got {value!r}")
+        raise RowError(f"must have a text in {name!r}, got {value!r}: write one, or take the row out")
     return str(value)
 
 

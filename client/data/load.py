@@ -125,10 +125,10 @@ def client_sources(
     """The client's training rows and its held-out ones, None without any."""
     reader = client_id if "{client}" in f"{config.train} {config.held_out}" else ""
     train, held_out = _shared(config, reader)
-    if "{client}" not in config.train:
+    if "{client}" not in config.train and clients > 1:
         train = train.select(_parts(config, reader, clients, seed, False)[partition])
     if held_out is not None:
-        whole = "{client}" in str(config.held_out)
+        whole = "{client}" in str(config.held_out) or clients == 1
         return train, held_out if whole else held_out.select(_parts(config, reader, clients, seed, True)[partition])
     order = random_order(seed, client_id, "held-out", size=len(train))
     count = round(config.held_out_fraction * len(train))
