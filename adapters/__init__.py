@@ -1,6 +1,6 @@
 """Bases and adapters: the only folder that knows PEFT's and transformers' models by name."""
 
-from corolla.adapters.base import DEVICE_MAPS, QUANTIZATIONS, Base, open_base
+from corolla.adapters.base import DEVICE_MAPS, QUANTIZATIONS, Base, open_base, open_tokenizer
 from corolla.adapters.carry import carrying
 from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
@@ -45,6 +45,7 @@ __all__ = [
     "head_modules",
     "head_shapes",
     "open_base",
+    "open_tokenizer",
     "personal_beside",
     "principal_components",
     "proximal_penalty",

@@ -123,13 +123,19 @@ def load_model(source: Source, opening: Opening = Opening()) -> Any:
     return model
 
 
-@lru_cache(maxsize=2)
-def _open(source: Source, digest: str, opening: Opening) -> Base:
-    model = load_model(source, opening)
+def open_tokenizer(source: Source) -> Any:
+    """The source's tokenizer; what has no padding token pads with the end token."""
     options = {"gguf_file": source.gguf} if source.gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@lru_cache(maxsize=2)
+def _open(source: Source, digest: str, opening: Opening) -> Base:
+    model = load_model(source, opening)
+    tokenizer = open_tokenizer(source)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)

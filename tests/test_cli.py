@@ -31,7 +31,9 @@ def settings(config: Config) -> list[str]:
     return [part for key, value in config.flat().items() for part in ("--set", f"{key}={value}")]
 
 
-@pytest.mark.parametrize("command", [[], ["simulate"], ["compare"], ["export"], ["evaluate"], ["settings"]])
+@pytest.mark.parametrize(
+    "command", [[], ["simulate"], ["compare"], ["export"], ["evaluate"], ["settings"], ["data", "preview"]]
+)
 def test_every_command_has_help(command):
     shown = run(*command, "--help")
     assert shown.exit_code == 0

@@ -25,6 +25,9 @@ LINES = [line.partition("#")[0].strip() for kind, text in BLOCKS if not kind for
 def test_every_command_parses(line):
     _, name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
     context = command.make_context(name, arguments)
     assert context.args == []
     for setting in context.params.get("settings") or ():

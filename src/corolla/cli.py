@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from corolla import __version__, laboratory
+from corolla import __version__, data, laboratory
 from corolla.evaluate import evaluate
 from corolla.terminal import RunPath, Verbose, console, exit_codes, quiet
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for command in (evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

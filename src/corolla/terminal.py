@@ -25,6 +25,10 @@ RunPath = Annotated[Path, typer.Argument(help="the folder of a run, for example 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Flower's included")]
 
 
+LOUD = ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch", "lm_eval", "bitsandbytes")
+"""Libraries that give advice."""
+
+
 def quiet(verbose: bool) -> None:
     """Other libraries' progress and advice off; warnings of ours and of Flower shown."""
     level = logging.INFO if verbose else logging.WARNING
@@ -42,7 +46,17 @@ def quiet(verbose: bool) -> None:
 
         disable_progress_bar()
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "torch", "lm_eval"):
+        for name in (
+            "transformers",
+            "trl",
+            "peft",
+            "datasets",
+            "accelerate",
+            "httpx",
+            "torch",
+            "lm_eval",
+            "bitsandbytes",
+        ):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
