@@ -8,6 +8,7 @@ A run that is complete is read, not made again.
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ from corolla.simulations.simulate import Run, Watch, simulate
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 METHODS = {"flora": RANKS, "warm": RANKS, "fedit": (16,), "zero-padding": RANKS}
 
+MOST_HELD_OUT = 12
+"""Held-out examples of a task: ten clients alone answer all of them."""
+
 SETTINGS: dict[str, Any] = {
     "data.prompt": "instruction",
     "data.completion": "output",
@@ -29,21 +33,27 @@ SETTINGS: dict[str, Any] = {
     "data.max_new_tokens": 0,
     "data.probe": 2,
     "adapter.target_modules": "all-linear",
-    "train.dtype": "bfloat16",
     "train.learning_rate": 2e-3,
     "train.local_steps": 3,
     "train.batch_size": 6,
-    "run.rounds": 4,
+    "run.rounds": 3,
+    "run.threads": 1,
     "run.keep_replies": True,
 }
 
 
 def union(folder: Path, out: Path, kind: str) -> Path:
-    """One file of all tasks' lines of this kind, each with its task's name. Raises FileNotFoundError for none."""
+    """One file of all tasks' lines of this kind, each with its task's name; of those held out the first ones.
+
+    Raises FileNotFoundError for none.
+    """
     files = sorted(folder.glob(f"*.{kind}.jsonl"))
     if len(files) != len(RANKS):
         raise FileNotFoundError(f"{folder} must hold {len(RANKS)} files *.{kind}.jsonl, got {len(files)}")
-    rows = [{**json.loads(line), "task": file.name.split(".")[0]} for file in files for line in file.open()]
+    most = MOST_HELD_OUT if kind == "eval" else None
+    rows = [
+        {**json.loads(line), "task": file.name.split(".")[0]} for file in files for line in islice(file.open(), most)
+    ]
     target = out / f"{kind}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))

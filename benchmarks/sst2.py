@@ -40,10 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "centralised": {"clients.count": 1, "clients.ranks": 32, "data.partition": "iid", "train.local_steps": 8 * STEPS},
     "flora": {},
     "warm": {},
-    "fedex": {"clients.ranks": 16},
     "fedit": {"clients.ranks": 16},
     "zero-padding": {},
-    "hetlora": {},
     "ffa": {},
 }
 SEEDS = (0, 1, 2)
