@@ -1,6 +1,15 @@
 """Bases and adapters: the only folder that knows PEFT's and transformers' models by name."""
 
-from corolla.adapters.base import DEVICE_MAPS, QUANTIZATIONS, Base, open_base, open_tokenizer
+from corolla.adapters.base import (
+    DEVICE_MAPS,
+    QUANTIZATIONS,
+    Base,
+    choose_device,
+    empty_model,
+    open_base,
+    open_tokenizer,
+    quantized_bytes,
+)
 from corolla.adapters.carry import carrying
 from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
@@ -10,6 +19,7 @@ from corolla.adapters.lora import (
     LOCAL,
     MERGED,
     PERSONAL,
+    attach_empty,
     attached,
     personal_beside,
     read_adapter,
@@ -35,10 +45,13 @@ __all__ = [
     "Head",
     "Penalty",
     "Source",
+    "attach_empty",
     "attached",
     "base_hash",
     "carrying",
+    "choose_device",
     "dense_beside",
+    "empty_model",
     "export_adapter",
     "export_merged",
     "find_base",
@@ -49,6 +62,7 @@ __all__ = [
     "personal_beside",
     "principal_components",
     "proximal_penalty",
+    "quantized_bytes",
     "read_adapter",
     "read_dense",
     "read_peft_facts",

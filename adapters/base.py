@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from corolla.adapters.heads import HEADS, LANGUAGE_MODEL, Head, draw_head
 from corolla.adapters.source import Source, base_hash, find_base
@@ -123,8 +123,39 @@ def load_model(source: Source, opening: Opening = Opening()) -> Any:
     return model
 
 
+def empty_model(source: Source, dtype: str = "float32", head: Head = LANGUAGE_MODEL) -> Any:
+    """The source's model from its configuration alone, on torch's meta device: no weights are read, none are made."""
+    options = {"gguf_file": source.gguf} if source.gguf else {}
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **options, **head.options())
+    with torch.device("meta"):
+        model = HEADS[head.kind].from_config(config, dtype=getattr(torch, dtype))
+    return model.requires_grad_(False).eval()
+
+
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 1 / 4096, "fp4": 0.5 + 1 / 64 + 1 / 4096, "int8": 1.0}
+"""Bytes of a weight: 4 bits with an 8-bit scale for every 64 of them and a float32 for every 256 scales; or 8 bits."""
+
+
+def quantized_bytes(model: Any, quantization: str) -> tuple[float, float]:
+    """(bytes that quantising spares in the linear layers of `model`, bytes of the largest of these as it computes).
+
+    A layer is taken back to the model's precision for each of its passes, one at a time.
+    """
+    if quantization == "none":
+        return 0.0, 0.0
+    whole = model.get_output_embeddings()
+    weights = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not whole and not set(name.split(".")) & set(CLASSIFIERS)
+    ]
+    spared = sum(weight.nbytes - weight.numel() * QUANTIZED_BYTES[quantization] for weight in weights)
+    return spared, float(max(weight.nbytes for weight in weights))
+
+
+@lru_cache(maxsize=8)
 def open_tokenizer(source: Source) -> Any:
-    """The source's tokenizer; what has no padding token pads with the end token."""
+    """The source's tokenizer, the same object at every call; what has no padding token pads with the end token."""
     options = {"gguf_file": source.gguf} if source.gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **options)
     if tokenizer.pad_token is None:

@@ -194,21 +194,40 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 def _configs(spec: AdapterSpec | None, frozen: LowRankState | None) -> dict[str, LoraConfig]:
     configs = {} if spec is None else {LOCAL: spec.to_peft()}
-    return configs | ({MERGED: frozen_config(frozen)} if frozen else {})
+    return configs | ({MERGED: frozen_config(ranks(frozen))} if frozen else {})
 
 
-def frozen_config(adapter: LowRankState) -> LoraConfig:
+def frozen_config(module_ranks: Mapping[str, int]) -> LoraConfig:
     """A PEFT configuration with scaling 1 for exactly these modules, each with its own rank."""
-    pattern = {module.replace(".", r"\."): rank for module, rank in ranks(adapter).items()}
+    pattern = {module.replace(".", r"\."): rank for module, rank in module_ranks.items()}
     widest = max(pattern.values())
     return LoraConfig(
         r=widest,
         lora_alpha=widest,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=sorted(adapter),
+        target_modules=sorted(module_ranks),
         bias="none",
     )
+
+
+def attach_empty(
+    base: nn.Module, spec: AdapterSpec, frozen_rank: int = 0, personal: AdapterSpec | None = None
+) -> PeftModel:
+    """`base` with what a client attaches, as `attached` does it, but without values and for good.
+
+    For models on the meta device. The frozen part has `frozen_rank`, or the narrow side of a module that is less.
+    """
+    model: Any = get_peft_model(base, spec.to_peft(), adapter_name=LOCAL)
+    if frozen_rank:
+        sides = {m: (a.shape[1], b.shape[0]) for m, (a, b, _) in lora_factors(model).items()}
+        model.add_adapter(MERGED, frozen_config({m: min(frozen_rank, *side) for m, side in sides.items()}))
+    if personal:
+        model.add_adapter(PERSONAL, personal.to_peft())
+    model.base_model.set_adapter(list(model.peft_config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{LOCAL}." in name or f".{PERSONAL}." in name)
+    return model  # type: ignore[no-any-return]
 
 
 def _set_requires_grad(model: PeftModel, trains: Collection[str]) -> None:

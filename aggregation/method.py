@@ -20,7 +20,8 @@ class Method:
     cannot draw their own. `foreign` says why the method cannot be judged on replies that other methods' clients made
     (empty: it changes the server alone); `linear` are the factors in which the global model is linear and whose
     coordinates last over rounds. Where `lasting` is true, a component keeps its position and its meaning from round to
-    round, so that what a client's optimizer remembers of it does too.
+    round, so that what a client's optimizer remembers of it does too. `merges` says whether rounds add to the merged
+    part, which clients then download.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     foreign: str = ""
     linear: frozenset[str] = frozenset()
     lasting: bool = False
+    merges: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""

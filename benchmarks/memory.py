@@ -9,13 +9,28 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def peak_bytes(work: Callable[[], object]) -> float:
     """Resident bytes at the peak of `work()` beyond those before it (Linux with glibc). Raises OSError elsewhere."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be taken for free now
-    before = _resident("VmRSS")
-    CLEAR.write_text("5")  # the peak is counted from here
+    before = resident()
+    reset_peak()
     work()
-    return _resident("VmHWM") - before
+    return resident_peak() - before
 
 
-def _resident(name: str) -> float:
+def resident() -> float:
+    """Bytes that the process holds, after giving back what was freed before: it must not be taken for free now."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """The peak is counted from here."""
+    CLEAR.write_text("5")
+
+
+def resident_peak() -> float:
+    """The most bytes that the process held since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return 1024.0 * int(line.split()[1])

@@ -19,7 +19,9 @@ CLIENTS = "clients"
 """In the folder of a simulation, the folder of what each client keeps to itself."""
 
 LIMITS = "corolla.limits"
-"""The record of a node's state that holds what its memory allowed."""
+"""The record of a node's state that holds what its memory allows."""
+
+NAMES = [field.name for field in fields(Limits)]
 
 
 def use_threads(threads: int) -> int:
@@ -33,12 +35,22 @@ def use_threads(threads: int) -> int:
 
 
 def _open(settings: str, context: Context) -> Client:
+    """The client that this node is, within the limits that it found before; what it finds now is remembered."""
     parsed = ClientSettings.model_validate_json(settings)
     use_threads(parsed.threads)
     node = dict(context.node_config)
     if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
         node.setdefault("state", str(Path(folder) / CLIENTS))
-    return open_client(parsed, node)
+    known = context.state.config_records.get(LIMITS)
+    limits = Limits(**{name: int(known[name]) for name in NAMES}) if known else None  # type: ignore[arg-type]
+    client = open_client(parsed, node, limits)
+    _remember(context, client.limits)
+    return client
+
+
+def _remember(context: Context, limits: Limits | None) -> None:
+    if limits:
+        context.state.config_records[LIMITS] = ConfigRecord({name: getattr(limits, name) for name in NAMES})
 
 
 @app.query("hello")
@@ -52,13 +64,10 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come."""
     assignment = Assignment.unpack(message.content)
-    known = context.state.config_records.get(LIMITS)
-    names = [field.name for field in fields(Limits)]
-    limits = Limits(**{name: int(known[name]) for name in names}) if known else None  # type: ignore[arg-type]
-    reply = _open(assignment.order.settings, context).train(assignment, limits)
+    reply = _open(assignment.order.settings, context).train(assignment)
     if reply.metrics["out_of_memory"]:
-        found = {**reply.metrics, "rank": reply.metrics["trained_rank"]}
-        context.state.config_records[LIMITS] = ConfigRecord({name: int(found[name]) for name in names})
+        found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
+        _remember(context, Limits(*map(int, found)))
     return Message(reply.pack(), reply_to=message)
 
 

@@ -205,6 +205,12 @@ def _parse_ranks(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _parse_memory(value: Any) -> Any:
+    """A number, or a JSON list of numbers in a string."""
+    value = json.loads(value) if isinstance(value, str) and value else value
+    return (value,) if isinstance(value, int | float) else tuple(value) if isinstance(value, list) else value
+
+
 def _parse_target_list(value: Any) -> Any:
     """As `parse_targets`, for a list with one entry per client."""
     value = json.loads(value) if isinstance(value, str) and value else value
@@ -216,8 +222,8 @@ def client_name(partition: int) -> str:
     return f"client-{partition:03}"
 
 
-NODE = "node"
-"""The rule for ranks that leaves them to the nodes."""
+NODE, AUTO = "node", "auto"
+"""The rules for ranks that leave them to the nodes: each declares its own, or takes the largest that it can afford."""
 
 
 class ClientsConfig(Section):
@@ -226,7 +232,12 @@ class ClientsConfig(Section):
     count: int = Field(4, ge=1, description="number of clients")
     ranks: Annotated[int | tuple[int, ...] | str, BeforeValidator(_parse_ranks)] = Field(
         (32, 16, 8, 4),
-        description="one rank, a list (repeated), '32..4' (halving, repeated), or 'node': each declares its own",
+        description="one rank, a list (repeated), '32..4' (halving, repeated), 'node': each declares its own, or "
+        "'auto': the largest that its memory allows",
+    )
+    max_rank: int = Field(64, ge=1, description="auto: the largest rank that a client takes")
+    memory: Annotated[tuple[float, ...] | None, BeforeValidator(_parse_memory)] = Field(
+        None, description="auto: GiB that each simulated client may use (repeated); unset: what its device has free"
     )
     target_modules: Annotated[tuple[Targets, ...] | None, BeforeValidator(_parse_target_list)] = Field(
         None, description="target modules by client (repeated), where they differ from adapter.target_modules"
@@ -234,8 +245,12 @@ class ClientsConfig(Section):
 
     @model_validator(mode="after")
     def _ranks_make_sense(self) -> Self:
-        if self.ranks != NODE and min(self._list(), default=0) < 1:
+        if self.ranks not in (NODE, AUTO) and min(self._list(), default=0) < 1:
             raise ValueError(f"clients.ranks must be at least 1, got {self.ranks!r}")
+        if self.memory is not None and not min(self.memory, default=0) > 0:
+            raise ValueError(f"clients.memory must be GiB above 0, got {list(self.memory)}")
+        if self.memory and self.ranks != AUTO:
+            raise ValueError(f"clients.memory is for clients.ranks = 'auto', got {self.ranks!r}: leave it out")
         return self
 
     def _list(self) -> tuple[int, ...]:
@@ -245,15 +260,15 @@ class ClientsConfig(Section):
             return self.ranks
         first, dots, last = self.ranks.partition("..")
         if not (dots and first.isdigit() and last.isdigit() and int(first) >= int(last) > 0):
-            raise ValueError(f"clients.ranks must be a rank, a list, '32..4' or 'node', got {self.ranks!r}")
+            raise ValueError(f"clients.ranks must be a rank, a list, '32..4', 'node' or 'auto', got {self.ranks!r}")
         halved = [int(first)]
         while halved[-1] // 2 >= int(last):
             halved.append(halved[-1] // 2)
         return tuple(halved)
 
     def rank(self, partition: int) -> int | None:
-        """The rank of client number `partition`; None where the node declares it."""
-        ranks = () if self.ranks == NODE else self._list()
+        """The rank of client number `partition`; None where the node declares or plans it."""
+        ranks = () if self.ranks in (NODE, AUTO) else self._list()
         return ranks[partition % len(ranks)] if ranks else None
 
     def by_name(self) -> dict[str, int]:
@@ -261,9 +276,26 @@ class ClientsConfig(Section):
         known = {client_name(k): self.rank(k) for k in range(self.count)}
         return {name: rank for name, rank in known.items() if rank is not None}
 
+    def budget(self, partition: int) -> float | None:
+        """Bytes that client number `partition` may use; None for what its device has free."""
+        return 2**30 * self.memory[partition % len(self.memory)] if self.memory else None
+
     def targets(self, partition: int) -> str | tuple[str, ...] | None:
         """The target modules of client number `partition`; None for those of all."""
         return self.target_modules[partition % len(self.target_modules)] if self.target_modules else None
+
+
+class Expected(Section):
+    """What a client may expect of the method: which factors it trains, and what will come with its orders."""
+
+    trains: str = Field("AB", description="factors that are trained")
+    begins: bool = Field(False, description="whether a start of the client's rank comes")
+    stacked: int = Field(0, ge=0, description="so many adapters may be stacked in the frozen part, in the last round")
+    largest: int | None = Field(None, ge=1, description="rank that the frozen part is cut to")
+
+    def frozen_rank(self, rank: int) -> int:
+        """The largest rank of the frozen part where every client has `rank`; no module's exceeds its narrow side."""
+        return min(self.stacked * rank, self.largest or self.stacked * rank)
 
 
 class ClientSettings(Section):
@@ -274,6 +306,7 @@ class ClientSettings(Section):
     adapter: AdapterConfig
     train: TrainConfig
     clients: ClientsConfig
+    expected: Expected = Expected()
     rounds: int = Field(ge=1, description="rounds of the whole run, which the schedule spans")
     seed: int = 0
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: every core this process may use")

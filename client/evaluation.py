@@ -12,7 +12,15 @@ from corolla.client.tasks.scores import by_group
 from corolla.client.tasks.task import IGNORED
 
 BATCH, TOKENS = 32, 4096
-"""Examples that are evaluated together, and their tokens with padding: the logits are as large as the vocabulary."""
+"""Examples that are evaluated together, and their tokens with padding."""
+
+LOGITS = 2**25
+"""Most logits of a batch: 128 MiB in float32, of which there are three copies. An example is never split."""
+
+
+def tokens_at_once(model: Any) -> int:
+    """Most tokens of a batch whose logits are needed."""
+    return int(min(TOKENS, LOGITS // model.config.get_text_config().vocab_size))
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,12 @@ def answer_all(model: Any, base: Base, examples: Sequence[Any], max_new_tokens: 
     return Evaluation(tuple(examples), tuple(answers))
 
 
-def _batches(examples: Sequence[Any]) -> Iterator[list[int]]:
+def _batches(examples: Sequence[Any], tokens: int = TOKENS) -> Iterator[list[int]]:
     """Positions in batches of similar length, the same batches for the same examples."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
     batch: list[int] = []
     for position in order:
-        if batch and (len(batch) == BATCH or (len(batch) + 1) * len(examples[position].input_ids) > TOKENS):
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * len(examples[position].input_ids) > tokens):
             yield batch
             batch = []
         batch.append(position)
@@ -66,7 +74,7 @@ def answer_log_probs(model: Any, base: Base, examples: Sequence[Any]) -> list[fl
     """Σ log p(answer token | what stands before it) of each example, in nats, in their order."""
     model.eval()
     found = [0.0] * len(examples)
-    for positions in _batches(examples):
+    for positions in _batches(examples, tokens_at_once(base.model)):
         batch = [examples[i] for i in positions]
         width = max(len(e.input_ids) for e in batch)
         pad = base.tokenizer.pad_token_id

@@ -13,7 +13,9 @@ from corolla.adapters import (
     Base,
     Penalty,
     carrying,
+    find_base,
     head_shapes,
+    open_tokenizer,
     proximal_penalty,
     tail_penalty,
     target_shapes,
@@ -21,8 +23,10 @@ from corolla.adapters import (
 from corolla.aggregation import FreshRows, LowRankState, Shapes, add_adapters, delta_of, fill_adapter, low_rank
 from corolla.client.afford import Limits, free_memory, is_out_of_memory
 from corolla.client.attach import Attached, Part, trainable
-from corolla.client.config import ClientSettings, ModelConfig, TrainConfig, client_name, parse_targets
+from corolla.client.config import AUTO, ClientSettings, ModelConfig, TrainConfig, client_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
+from corolla.client.estimate import Work
+from corolla.client.plan import keep_freed_memory_low, make_plan
 from corolla.client.protocol import WHOLE, Assignment, Hello, Order, Reply
 from corolla.client.seeding import seed_of
 from corolla.client.store import Store, under
@@ -38,7 +42,7 @@ class Client:
     """A client with its base open and its data loaded.
 
     `rows` are what it trains on: its examples, or several packed in one. `keeps` is the folder of what stays with it
-    from round to round, None where the node has none.
+    from round to round, None where the node has none. `limits` are what it can afford, None where that is not known.
     """
 
     client_id: str
@@ -49,6 +53,7 @@ class Client:
     rows: tuple[Any, ...]
     settings: ClientSettings
     keeps: Path | None = None
+    limits: Limits | None = None
 
     @property
     def task(self) -> Task:
@@ -69,18 +74,18 @@ class Client:
     def _shapes(self) -> Shapes:
         return _target_shapes(self.base, self.spec(1))
 
-    def train(self, assignment: Assignment, known: Limits | None = None) -> Reply:
+    def train(self, assignment: Assignment) -> Reply:
         """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
 
         Where memory runs out it begins again with half the micro-batch, then half the rank, and the metrics say so:
-        out_of_memory (how often), micro_batch, accumulation and trained_rank; `known` are the limits found in earlier
-        rounds. The base is put back as it was. Raises ValueError for an order meant for another base, or a start that
-        does not fit its modules; RuntimeError where the loss is not finite, or no batch and rank is small enough.
+        out_of_memory (how often), micro_batch, accumulation and trained_rank. The base is put back as it was. Raises
+        ValueError for an order meant for another base, or a start that does not fit its modules; RuntimeError where
+        the loss is not finite, or no batch and rank is small enough.
         """
         self._require_base(assignment)
         train, order = self.settings.train, assignment.order
         limits: Limits | None = Limits(train.batch_size, train.accumulation, order.rank)
-        limits = limits.within(known) if limits and known else limits
+        limits = limits.within(self.limits) if limits and self.limits else limits
         failures = 0
         while limits:
             try:
@@ -232,12 +237,13 @@ def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
     return target_shapes(base.model, spec)
 
 
-def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
+def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits | None = None) -> Client:
     """The client that a node is, from the server's settings and the node's own configuration.
 
-    The node may give `name`, `rank`, `target-modules`, and its own `model`, `device`, `quantization`, `data`,
-    `held-out` and `state`; `partition-id` says which part of the data it holds where several share one file. Raises
-    ValueError where the ranks are left to the nodes and this one gives none.
+    The node may give `name`, `rank`, `memory` (GiB), `target-modules`, and its own `model`, `device`, `quantization`,
+    `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several share one file.
+    `known` are limits found before; without them a rank that is left to the node's memory is planned. Raises
+    ValueError where the ranks are left to the nodes and this one gives none, or its memory is enough for no rank.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -245,30 +251,37 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any]) -> Client:
     here = {"name": node.get("model"), "device": node.get("device"), "quantization": node.get("quantization")}
     model = ModelConfig.model_validate(settings.model.model_dump() | {k: str(v) for k, v in here.items() if v})
     client_id = str(node.get("name", client_name(partition)))
+    targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
+    settings = settings.model_copy(update={"data": data, "model": model})
+    share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
+    examples, rows = _load_data(open_tokenizer(find_base(model.name)), client_id, *share, settings)
     rank = node.get("rank", settings.clients.rank(partition))
+    if rank is None and settings.clients.ranks == AUTO:
+        keep_freed_memory_low()
+        budget = float(node["memory"]) * 2**30 if node.get("memory") else settings.clients.budget(partition)
+        length = max(example.length for example in (*rows, *examples.held_out))
+        work = Work(length, len(examples.held_out or examples.train), targets)
+        known = known or make_plan(settings, budget, work).choice.limits
+        rank = known.rank
     if rank is None:
         raise ValueError(
             f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
         )
     base = model.open(settings.head)
-    targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
-    settings = settings.model_copy(update={"data": data})
-    share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
-    examples, rows = _load_data(base, client_id, *share, settings)
     keeps = Path(str(node["state"])).expanduser() if node.get("state") else None
-    return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps)
+    return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps, known)
 
 
 @lru_cache(maxsize=256)
 def _load_data(
-    base: Base, client_id: str, partition: int, clients: int, settings: ClientSettings
+    tokenizer: Any, client_id: str, partition: int, clients: int, settings: ClientSettings
 ) -> tuple[ClientData, tuple[Any, ...]]:
     """The client's data, and its training examples as rows."""
     task, train = find_task(settings.train.task), settings.train
     data = load_client_data(
         settings.data,
         task,
-        base.tokenizer,
+        tokenizer,
         client_id,
         partition,
         clients,

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from corolla.client.config import (
     ClientsConfig,
     ClientSettings,
     DataConfig,
+    Expected,
     ModelConfig,
     Section,
     TrainConfig,
@@ -95,6 +97,10 @@ class RunConfig(Section):
     trackers: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
         (), description=f"who gets every line's numbers: one or a list of {', '.join(TRACKERS)}"
     )
+
+    def participants(self, clients: int) -> int:
+        """How many of so many clients take part in a round."""
+        return self.clients_per_round or math.ceil(self.fraction * clients)
 
     @field_validator("trackers")
     @classmethod
@@ -177,9 +183,22 @@ class Config(Section):
             adapter=self.adapter,
             train=self.train,
             clients=self.clients,
+            expected=self.expected(),
             rounds=self.run.rounds,
             seed=self.run.seed,
             threads=self.run.threads,
+        )
+
+    def expected(self) -> Expected:
+        """What clients may expect of the method, at most: a round's stack, or residual, of every round before."""
+        method = self.aggregation.build()
+        starts = int(method.common_start)
+        stack = self.run.participants(self.clients.count) + starts
+        return Expected(
+            trains="".join(sorted(method.constrain(1).trains)),
+            begins=method.common_start,
+            stacked=(self.run.rounds - 1) * stack + starts if method.merges else starts,
+            largest=self.aggregation.download_rank,
         )
 
     def flat(self) -> dict[str, str | int | float | bool]:

@@ -31,4 +31,13 @@ def fedex() -> Method:
     """
     rule = ClientRule(carries=True)
     why = "its clients begin from the mean factors beside the merged residual"
-    return Method("fedex", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, lasting=True)
+    return Method(
+        "fedex",
+        shared_start,
+        lambda round: rule,
+        _aggregate,
+        common_start=True,
+        foreign=why,
+        lasting=True,
+        merges=True,
+    )

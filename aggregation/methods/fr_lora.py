@@ -42,4 +42,5 @@ def fr_lora() -> Method:
         mixed_ranks=False,
         common_start=True,
         foreign=why,
+        merges=True,
     )

@@ -25,4 +25,4 @@ def warm() -> Method:
     hold. Exact."""
     why = "its clients begin from the top components of the mean and carry the rest"
     rule = ClientRule(carries=True)
-    return Method("warm", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why)
+    return Method("warm", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, merges=True)

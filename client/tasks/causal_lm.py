@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from corolla.adapters import Base
 from corolla.client.config import DataConfig, TrainConfig
-from corolla.client.evaluation import answer_all, answer_log_probs, mean_loss
+from corolla.client.evaluation import BATCH, answer_all, answer_log_probs, mean_loss, tokens_at_once
 from corolla.client.tasks.packing import pack
 from corolla.client.tasks.rounds import SpansRounds
 from corolla.client.tasks.task import IGNORED, Row, Task
@@ -167,6 +169,34 @@ def _options(train: TrainConfig) -> dict[str, Any]:
     }
 
 
+def dry_run(model: Any, train: TrainConfig, batch: int, length: int) -> Any:
+    """SFTTrainer's loss: by its fused head, with what its metrics take. Rows without padding are one long row."""
+    inner = model.get_base_model()
+    if "forward" not in inner.__dict__:
+        add_fused_lm_head(inner, outputs=("log_probs", "entropy", "is_top1"))
+    rows, columns = (batch, length) if train.batching == "padded" else (1, batch * length)
+    return model(**made_up(model, rows, columns, masked=batch > 1), fused_lm_head=True).loss
+
+
+def made_up(model: Any, rows: int, columns: int, masked: bool) -> dict[str, Any]:
+    """Token ids that are their own labels; `masked` says who sees whom, as where examples differ in length."""
+    ids = torch.ones((rows, columns), dtype=torch.long, device=model.device)
+    inputs = {"input_ids": ids, "labels": ids}
+    if masked and model.config._attn_implementation in ("sdpa", "eager"):
+        inputs["attention_mask"] = torch.ones((rows, 1, columns, columns), dtype=torch.bool, device=model.device)
+    return inputs
+
+
+@torch.no_grad()
+def dry_evaluation(model: Any, examples: int, length: int) -> None:
+    """As `answer_log_probs` does it, where every token is an answer's."""
+    rows = max(1, min(examples, BATCH, tokens_at_once(model) // length))
+    inputs = made_up(model, rows, length, masked=rows > 1)
+    targets = inputs.pop("labels")[:, 1:].flatten()
+    logits = model(**inputs).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1).clone().float(), targets, reduction="none")
+
+
 TASK = Task(
     name="causal-lm",
     formats=("prompt-completion", "chat", "text"),
@@ -177,5 +207,7 @@ TASK = Task(
     mean_loss=mean_loss,
     answer=answer,
     options=_options,
+    dry_run=dry_run,
+    dry_evaluation=dry_evaluation,
     pack=pack,
 )

@@ -8,7 +8,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from corolla.adapters import Base
-from corolla.client.config import DataConfig
+from corolla.client.config import DataConfig, TrainConfig
 from corolla.client.tasks.rounds import SpansRounds
 from corolla.client.tasks.scores import by_group
 from corolla.client.tasks.task import Row, Task
@@ -100,6 +100,21 @@ class ClassificationTrainer(SpansRounds, Trainer):
     """transformers' trainer over the rounds of a run."""
 
 
+def _inputs(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.ones((rows, length), dtype=torch.long, device=model.device)
+    return {"input_ids": ids, "labels": torch.zeros(rows, dtype=torch.long, device=model.device)}
+
+
+def _dry_run(model: Any, train: TrainConfig, batch: int, length: int) -> Any:
+    """The model's own loss."""
+    return model(**_inputs(model, batch, length)).loss
+
+
+@torch.no_grad()
+def _dry_evaluation(model: Any, examples: int, length: int) -> None:
+    model(**_inputs(model, min(examples, BATCH), length))
+
+
 TASK = Task(
     name="classification",
     formats=("text-label",),
@@ -109,5 +124,7 @@ TASK = Task(
     evaluate=evaluate,
     mean_loss=mean_loss,
     answer=answer,
+    dry_run=_dry_run,
+    dry_evaluation=_dry_evaluation,
     collator=lambda base, train: DataCollatorWithPadding(base.tokenizer),
 )

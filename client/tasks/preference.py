@@ -168,6 +168,11 @@ def _options(train: TrainConfig) -> dict[str, Any]:
     return {"beta": train.beta, "max_length": None, "disable_dropout": False}
 
 
+def _dry_run(model: Any, train: TrainConfig, batch: int, length: int) -> Any:
+    """DPOTrainer's passes: each example is two sequences; what it does with their sums is small."""
+    return causal_lm.dry_run(model, train, 2 * batch, length)
+
+
 TASK = Task(
     name="preference",
     formats=("preference",),
@@ -178,5 +183,7 @@ TASK = Task(
     mean_loss=mean_loss,
     answer=answer,
     options=_options,
+    dry_run=_dry_run,
+    dry_evaluation=causal_lm.dry_evaluation,
     rows=_rows,
 )

@@ -53,6 +53,9 @@ class Task:
     `<score>/<group>` and `examples/<group>` where examples have groups. `mean_loss(model, base, examples)` is the loss
     alone, in nats; `pack(examples, size)` are longer examples of up to `size` tokens each, for train.batching =
     packed; `answer(model, base, examples, data)` is what the model says to each `example.prompt`, in words.
+    `dry_run(model, train, batch, length)` is the trainer's loss of a micro-batch of made-up examples, all of `length`
+    tokens, and `dry_evaluation(model, examples, length)` takes the most memory that evaluating so many of them takes:
+    both for tensors without values, so neither may look at any.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Task:
     evaluate: "Callable[[Any, Base, Sequence[Any], DataConfig], dict[str, float]]"
     mean_loss: "Callable[[Any, Base, Sequence[Any]], float]"
     answer: "Callable[[Any, Base, Sequence[Any], DataConfig], list[str]]"
+    dry_run: "Callable[[Any, TrainConfig, int, int], Any]"
+    dry_evaluation: "Callable[[Any, int, int], None]"
     options: "Callable[[TrainConfig], dict[str, Any]]" = lambda train: {}
     rows: "Callable[[Any, Base, Sequence[Any]], list[dict[str, Any]]]" = _features
     collator: "Callable[[Base, TrainConfig], Any] | None" = None

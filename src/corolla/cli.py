@@ -12,7 +12,8 @@ from rich.table import Table
 
 from corolla import __version__, data, laboratory
 from corolla.evaluate import evaluate
-from corolla.terminal import RunPath, Verbose, console, exit_codes, quiet
+from corolla.plan import plan
+from corolla.terminal import RunPath, Settings, Verbose, console, exit_codes, quiet
 
 if TYPE_CHECKING:
     from corolla.server.config import Config
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
+for command in (plan, evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
 app.add_typer(data.app, name="data")
 
@@ -40,10 +41,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def simulate(
     config: Annotated[Path | None, typer.Argument(help="a TOML file; without one, the demo runs")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="change one setting, such as run.rounds=5"),
-    ] = None,
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; default: run.out")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="go on with the run in this folder; --set run.rounds=9 adds rounds")
@@ -100,10 +98,10 @@ def _say_where(run: Any) -> None:
 def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
     """A bar that counts the clients' answers, and a line for every round."""
     run, count = config.run, config.clients.count
-    chosen = run.clients_per_round or -(-count * run.fraction // 1)
+    chosen = run.participants(count)
     evaluations = {"never": 0, "ends": 2, "each": run.rounds + 1}[run.evaluate]
     alone = (run.rounds - (config.aggregation.method == "flora" and run.keep_replies) + 1) * count if run.alone else 0
-    total = count + run.rounds * int(chosen) + evaluations * count + alone
+    total = count + run.rounds * chosen + evaluations * count + alone
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("opening the base model", total=total)

@@ -7,16 +7,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from corolla.terminal import Verbose, console, exit_codes, quiet
+from corolla.terminal import Settings, Verbose, console, exit_codes, quiet
 
 if TYPE_CHECKING:
     from corolla.client.data.show import Holdings
 
 app = typer.Typer(help="See what the loss sees of a file, and who holds which rows.", no_args_is_help=True)
-
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="change one setting, such as model.name=…")
-]
 
 
 @app.command()

@@ -22,6 +22,9 @@ from rich.markup import escape
 
 console = Console()
 RunPath = Annotated[Path, typer.Argument(help="the folder of a run, for example runs/latest")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="change one setting, such as run.rounds=5")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the log, Flower's included")]
 
 
@@ -46,17 +49,7 @@ def quiet(verbose: bool) -> None:
 
         disable_progress_bar()
         warnings.filterwarnings("ignore")
-        for name in (
-            "transformers",
-            "trl",
-            "peft",
-            "datasets",
-            "accelerate",
-            "httpx",
-            "torch",
-            "lm_eval",
-            "bitsandbytes",
-        ):
+        for name in LOUD:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -1,0 +1,209 @@
+"""What a client can afford: the largest rank, and then micro-batch, whose predicted memory fits into its budget."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from corolla.adapters import DEVICE_MAPS, choose_device
+from corolla.client.afford import Limits
+from corolla.client.config import ClientSettings
+from corolla.client.estimate import Memory, Work, adapted_shapes, estimate_memory
+
+HEADROOM = 0.9
+"""The part of a budget that is planned for: predictions are not exact (docs/memory.md)."""
+
+FURTHER = 64 * 2**20
+"""Bytes that a process on the CPU comes to need after planning: the tokenizer, examples, a trainer."""
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one round of one client: what comes at the most, in the last round, and what goes."""
+
+    down: int
+    up: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train. `process` are bytes of the process itself and of what it receives (on the CPU alone)."""
+
+    limits: Limits
+    frozen_rank: int
+    memory: Memory
+    process: float
+    traffic: Traffic
+
+    @property
+    def peak(self) -> float:
+        """Bytes in all."""
+        return self.memory.peak + self.process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A client's options, a rank each, the largest first: with the largest micro-batch that fits, or the smallest."""
+
+    options: tuple[Option, ...]
+    budget: float
+    device: str
+    length: int
+
+    def fits(self, option: Option) -> bool:
+        """Whether it stays within the budget, with some headroom."""
+        return option.peak <= HEADROOM * self.budget
+
+    @property
+    def choice(self) -> Option:
+        """The largest rank that fits. Raises ValueError where none does."""
+        if fitting := [option for option in self.options if self.fits(option)]:
+            return fitting[0]
+        least = self.options[-1]
+        raise ValueError(
+            f"rank {least.limits.rank} with micro-batch {least.limits.micro_batch} and {self.length} tokens needs "
+            f"{least.peak / HEADROOM / 2**30:.2f} GiB on {self.device}, got {self.budget / 2**30:.2f}: use a smaller "
+            "base, model.quantization, train.checkpointing or a smaller train.max_length"
+        )
+
+
+def available_memory(device: str) -> float:
+    """Bytes that this process may use on a device (torch's name, "auto", or one of DEVICE_MAPS: on all GPUs).
+
+    On the CPU what the machine has free and the process holds already, and no more than its control group allows.
+    """
+    if device in DEVICE_MAPS:
+        return sum(available_memory(f"cuda:{i}") for i in range(torch.cuda.device_count()))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        return float(torch.cuda.mem_get_info(chosen)[0] + torch.cuda.memory_reserved(chosen))
+    free = psutil.virtual_memory().available + process_memory()
+    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    return float(min(free, int(limit)) if limit.isdigit() else free)
+
+
+def process_memory() -> float:
+    """Bytes that this process holds on the CPU."""
+    return float(psutil.Process().memory_info().rss)
+
+
+@lru_cache(maxsize=64)
+def make_plan(
+    settings: ClientSettings,
+    budget: float | None = None,
+    work: Work | None = None,
+    process: float | None = None,
+) -> Plan:
+    """The options for `budget` bytes (None: what the device has) and this work (None: examples of train.max_length).
+
+    `process` are the bytes of the process by itself (None: on the CPU those that it holds now, before its base is
+    open). Raises ValueError for full fine-tuning, which has no rank, and what `estimate_memory` raises.
+    """
+    if not set(settings.expected.trains) <= set("AB"):
+        raise ValueError(
+            f"a plan chooses the rank of an adapter, got a method that trains {settings.expected.trains}: use another"
+        )
+    name, train = settings.model.device, settings.train
+    device = "cuda" if name in DEVICE_MAPS else choose_device(name).type
+    work = replace(work or Work(train.max_length), device=device)
+    own = process_memory() if process is None else process
+    budget = available_memory(name) if budget is None else budget
+    ranks = _ranks(settings.clients.max_rank)
+    sizes = list(_sizes(Limits(train.batch_size, train.accumulation, 1)))
+    grid = _Grid(settings, work, ranks, [size.micro_batch for size in sizes])
+    options = []
+    for rank in ranks:
+        traffic = expected_traffic(settings, rank, work.targets)
+        process_bytes = own + FURTHER + 2 * (traffic.down + traffic.up) if device == "cpu" else 0.0
+        tried = [
+            Option(
+                Limits(size.micro_batch, size.accumulation, rank),
+                settings.expected.frozen_rank(rank),
+                grid.memory(rank, size.micro_batch),
+                process_bytes,
+                traffic,
+            )
+            for size in sizes
+        ]
+        options.append(next((o for o in tried if o.peak <= HEADROOM * budget), tried[-1]))
+    return Plan(tuple(options), budget, device, work.length)
+
+
+def _ranks(largest: int) -> list[int]:
+    """`largest`, and the powers of two below it."""
+    return [largest, *(2**k for k in reversed(range(largest.bit_length())) if 2**k < largest)]
+
+
+def _sizes(limits: Limits) -> list[Limits]:
+    """The micro-batches of `limits` and below, the largest first."""
+    found = [limits]
+    while found[-1].micro_batch > 1 and (smaller := found[-1].halved()):
+        found.append(smaller)
+    return found
+
+
+class _Grid:
+    """Memory by rank and micro-batch, estimated where both are smallest or largest.
+
+    A peak is the largest of sums that are linear in each, so it is convex: in between it is at most what is
+    interpolated.
+    """
+
+    def __init__(self, settings: ClientSettings, work: Work, ranks: Sequence[int], sizes: Sequence[int]) -> None:
+        self.settings, self.targets = settings, work.targets
+        self.ranks, self.sizes = (min(ranks), max(ranks)), (min(sizes), max(sizes))
+        self._known = {
+            (rank, size): estimate_memory(settings, work, rank, size) for rank in self.ranks for size in self.sizes
+        }
+
+    def memory(self, rank: int, size: int) -> Memory:
+        """At `rank` and micro-batch `size`."""
+        ends = [_between(size, self.sizes, [self._known[end, other] for other in self.sizes]) for end in self.ranks]
+        found = _between(rank, self.ranks, ends)
+        frozen = frozen_bytes(self.settings, rank, self.targets)
+        return Memory(found.base, frozen, found.adapter, found.optimizer, found.activations)
+
+
+def _between(at: int, ends: tuple[int, int], memories: Sequence[Memory]) -> Memory:
+    (a, b), (low, high) = ends, memories
+    part = (at - a) / (b - a) if b > a else 0.0
+    names = [field.name for field in fields(Memory)]
+    return Memory(**{n: (1 - part) * getattr(low, n) + part * getattr(high, n) for n in names})
+
+
+def frozen_bytes(settings: ClientSettings, rank: int, targets: str | tuple[str, ...] | None) -> float:
+    """Of the frozen adapter beside one of `rank`, float32, no module's rank beyond its narrow side."""
+    shapes, _ = adapted_shapes(settings, targets)
+    widest = settings.expected.frozen_rank(rank)
+    return float(sum(4 * min(widest, o, i) * (o + i) for o, i in shapes.values()))
+
+
+def expected_traffic(settings: ClientSettings, rank: int, targets: str | tuple[str, ...] | None = None) -> Traffic:
+    """What an adapter of `rank` costs in a round, in float32: its factors and heads, and what comes before training."""
+    shapes, heads = adapted_shapes(settings, targets)
+    factors = {"A": sum(i for _, i in shapes.values()), "B": sum(o for o, _ in shapes.values())}
+    head = 4 * sum(o * i for o, i in heads.values())
+    start = 4 * rank * sum(factors.values()) if settings.expected.begins else 0
+    frozen = int(frozen_bytes(settings, rank, targets))
+    return Traffic(frozen + start + head, 4 * rank * sum(factors[name] for name in settings.expected.trains) + head)
+
+
+def keep_freed_memory_low() -> None:
+    """Makes glibc give large blocks back as soon as they are freed, at the price of some speed.
+
+    By itself it raises the size from which it does so, up to 32 MiB, and a process then holds 1.2 to 1.9 times the
+    activations. Elsewhere than on glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(MMAP_THRESHOLD, 128 * 1024)
+
+
+MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h; 128 KiB is where glibc begins."""
