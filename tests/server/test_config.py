@@ -49,7 +49,7 @@ def test_toml_and_overrides(tmp_path):
         ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1, got 0"),
         ("run.rounds=many", r"run\.rounds: .*integer.*got 'many'"),
         ("aggregation.method=fedavg", r"aggregation\.method: must be one of fedex, fedit, .*got 'fedavg'"),
-        ("clients.ranks=big", r"clients.ranks must be a rank, a list, '32\.\.4' or 'node', got 'big'"),
+        ("clients.ranks=big", r"clients.ranks must be a rank, a list, '32\.\.4', 'node' or 'auto', got 'big'"),
         ("clients.ranks=[4, 0]", r"clients.ranks must be at least 1"),
         ("model.dtype=int4", r"model\.dtype: .*'float32'.*got 'int4'"),
         ("train.local_steps=", r"set one of train.local_steps and train.local_epochs, got None and None"),
