@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.heads import HEADS, LANGUAGE_MODEL, Head, draw_head
 from corolla.adapters.source import Source, base_hash, find_base
@@ -123,12 +124,16 @@ def load_model(source: Source, opening: Opening = Opening()) -> Any:
     return model
 
 
-def empty_model(source: Source, dtype: str = "float32", head: Head = LANGUAGE_MODEL) -> Any:
-    """The source's model from its configuration alone, on torch's meta device: no weights are read, none are made."""
+def empty_model(source: Source, dtype: str = "float32", head: Head = LANGUAGE_MODEL, attention: str = "auto") -> Any:
+    """The source's model from its configuration alone, on torch's meta device: no weights are read, none are made.
+
+    Attention that needs a GPU is replaced by sdpa, which holds as much.
+    """
+    attention = "eager" if attention == "eager" else "sdpa"
     options = {"gguf_file": source.gguf} if source.gguf else {}
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **options, **head.options())
     with torch.device("meta"):
-        model = HEADS[head.kind].from_config(config, dtype=getattr(torch, dtype))
+        model = HEADS[head.kind].from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     return model.requires_grad_(False).eval()
 
 
@@ -147,10 +152,12 @@ def quantized_bytes(model: Any, quantization: str) -> tuple[float, float]:
     weights = [
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not whole and not set(name.split(".")) & set(CLASSIFIERS)
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not whole
+        and not set(name.split(".")) & set(CLASSIFIERS)
     ]
     spared = sum(weight.nbytes - weight.numel() * QUANTIZED_BYTES[quantization] for weight in weights)
-    return spared, float(max(weight.nbytes for weight in weights))
+    return spared, float(max((weight.nbytes for weight in weights), default=0))
 
 
 @lru_cache(maxsize=8)

@@ -132,7 +132,8 @@ def with_optimizer(method: Method, name: str, **options: float) -> Method:
 
 def _wrapped(method: Method, name: str, aggregate: Aggregate) -> Method:
     why = method.foreign or "its server takes steps with a memory of earlier rounds"
-    return replace(method, name=f"{method.name} + {name}", aggregate=aggregate, foreign=why)
+    merges = method.merges or name != "fedadam"
+    return replace(method, name=f"{method.name} + {name}", aggregate=aggregate, foreign=why, merges=merges)
 
 
 def _moment(

@@ -1,9 +1,9 @@
 """A client's predicted peak of memory against the measured one, in a process of its own.
 
-    python -m benchmarks.predictions FOLDER --rank 16 --batch 8 --length 256 [--stacked 4] [--device cuda] [--set K=V …]
+    python -m benchmarks.predictions FOLDER --rank 16 --batch 8 --length 256 [--frozen 64] [--device cuda] [--set K=V …]
 
 FOLDER holds a base with its tokenizer. The client trains one round of three steps on made-up text of up to LENGTH
-tokens, beside a frozen adapter of rank STACKED × RANK, and evaluates: as it would for a server. On the CPU the peak is
+tokens, beside a frozen adapter of rank FROZEN, and evaluates: as it would for a server. On the CPU the peak is
 that of the process, on CUDA what torch allocated. Prints one line of JSON, in bytes; Linux alone.
 """
 
@@ -29,7 +29,7 @@ from corolla.server.config import Config
 STEPS = 3
 
 
-def build_settings(values: dict[str, Any], stacked: int, more: list[str]) -> ClientSettings:
+def build_settings(values: dict[str, Any], frozen: int, more: list[str]) -> ClientSettings:
     """One client that adapts every linear layer, with `values` and what `more` sets."""
     values = {
         "data.max_new_tokens": 0,
@@ -42,7 +42,7 @@ def build_settings(values: dict[str, Any], stacked: int, more: list[str]) -> Cli
     } | values
     config = Config.load(None, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *more])
     settings = config.settings()
-    return settings.model_copy(update={"expected": settings.expected.model_copy(update={"stacked": stacked})})
+    return settings.model_copy(update={"expected": settings.expected.model_copy(update={"frozen_rank": frozen})})
 
 
 def write_rows(path: Path, tokenizer: Any, count: int, length: int, labels: tuple[str, ...]) -> None:
@@ -56,27 +56,27 @@ def write_rows(path: Path, tokenizer: Any, count: int, length: int, labels: tupl
             file.write(json.dumps(found | ({"label": labels[row % 2]} if labels else {})) + "\n")
 
 
-def first_order(client: Client, stacked: int) -> Assignment:
+def first_order(client: Client, frozen_rank: int) -> Assignment:
     """An order of round two with a frozen part, through its message."""
     hello = client.hello()
-    widest, generator = stacked * client.rank, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     frozen = {}
-    for module, (o, i) in hello.shapes.items() if stacked else ():
-        rank = min(widest, o, i)
+    for module, (o, i) in hello.shapes.items() if frozen_rank else ():
+        rank = min(frozen_rank, o, i)
         sizes = ((rank, i), (o, rank))
         frozen[module] = LowRankDelta(*(torch.randn(size, generator=generator) * 0.01 for size in sizes))
     order = Order(2, client.rank, "AB", 2, 0, "model", share_digest(frozen, {}), hello.base_hash)
     return Assignment.unpack(Assignment(order, frozen, {}).pack())
 
 
-def measure(option: Option, settings: ClientSettings, stacked: int) -> float:
+def measure(option: Option, settings: ClientSettings) -> float:
     """The peak of opening the client, a round of training and an evaluation."""
     cuda = settings.model.device != "cpu"
     reset_peak()
     client = open_client(settings, {}, option.limits)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    assignment = first_order(client, stacked)
+    assignment = first_order(client, settings.expected.frozen_rank)
     client.train(assignment).pack()
     client.evaluate(assignment)
     return float(torch.cuda.max_memory_allocated()) if cuda else resident_peak()
@@ -87,7 +87,7 @@ def main(
     rank: Annotated[int, typer.Option()] = 16,
     batch: Annotated[int, typer.Option()] = 8,
     length: Annotated[int, typer.Option(help="tokens of the longest example")] = 256,
-    stacked: Annotated[int, typer.Option(help="rank of the frozen adapter / rank")] = 0,
+    frozen: Annotated[int, typer.Option(help="rank of the frozen adapter")] = 0,
     device: Annotated[str, typer.Option()] = "cpu",
     more: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
 ) -> None:
@@ -96,14 +96,14 @@ def main(
         data = Path(folder) / "rows.jsonl"
         values = {"model.name": model, "model.device": device, "data.train": str(data), "clients.max_rank": rank}
         values |= {"train.batch_size": batch, "train.max_length": length}
-        settings = build_settings(values, stacked, more or [])
+        settings = build_settings(values, frozen, more or [])
         tokenizer = open_tokenizer(find_base(model))
         write_rows(data, tokenizer, 2 * STEPS * batch, length, settings.data.labels)
         held_out = round(settings.data.held_out_fraction * 2 * STEPS * batch)
         gc.collect()
         before = resident() if device == "cpu" else 0.0
         option = make_plan(settings, 2.0**60, Work(length, held_out), before).choice
-        peak = measure(option, settings, stacked)
+        peak = measure(option, settings)
     parts = {name: getattr(option.memory, name) for name in ("base", "frozen", "adapter", "optimizer", "activations")}
     predicted, measured = option.peak - before, peak - before
     parts |= {"process": before, "predicted": predicted, "measured": measured, "ratio": predicted / measured}

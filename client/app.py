@@ -21,6 +21,8 @@ CLIENTS = "clients"
 LIMITS = "corolla.limits"
 """The record of a node's state that holds what its memory allows."""
 
+DECLARED = "declared"
+
 NAMES = [field.name for field in fields(Limits)]
 
 
@@ -41,16 +43,19 @@ def _open(settings: str, context: Context) -> Client:
     node = dict(context.node_config)
     if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
         node.setdefault("state", str(Path(folder) / CLIENTS))
-    known = context.state.config_records.get(LIMITS)
-    limits = Limits(**{name: int(known[name]) for name in NAMES}) if known else None  # type: ignore[arg-type]
-    client = open_client(parsed, node, limits)
-    _remember(context, client.limits)
+    if known := context.state.config_records.get(LIMITS):
+        limits = Limits(**{name: int(known[name]) for name in NAMES})  # type: ignore[arg-type]
+        return open_client(parsed, {"rank": known[DECLARED], **node}, limits)
+    client = open_client(parsed, node)
+    if client.limits:
+        _remember(context, client, client.limits)
     return client
 
 
-def _remember(context: Context, limits: Limits | None) -> None:
-    if limits:
-        context.state.config_records[LIMITS] = ConfigRecord({name: getattr(limits, name) for name in NAMES})
+def _remember(context: Context, client: Client, limits: Limits) -> None:
+    """Notes what the client can afford, and the rank that it has in the federation whatever it can train of it."""
+    numbers = {name: getattr(limits, name) for name in NAMES}
+    context.state.config_records[LIMITS] = ConfigRecord({**numbers, DECLARED: client.rank})
 
 
 @app.query("hello")
@@ -64,10 +69,11 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come."""
     assignment = Assignment.unpack(message.content)
-    reply = _open(assignment.order.settings, context).train(assignment)
+    client = _open(assignment.order.settings, context)
+    reply = client.train(assignment)
     if reply.metrics["out_of_memory"]:
         found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
-        _remember(context, Limits(*map(int, found)))
+        _remember(context, client, Limits(*map(int, found)))
     return Message(reply.pack(), reply_to=message)
 
 

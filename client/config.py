@@ -235,7 +235,7 @@ class ClientsConfig(Section):
         description="one rank, a list (repeated), '32..4' (halving, repeated), 'node': each declares its own, or "
         "'auto': the largest that its memory allows",
     )
-    max_rank: int = Field(64, ge=1, description="auto: the largest rank that a client takes")
+    max_rank: int = Field(64, ge=1, description="auto and node: the largest rank that is expected")
     memory: Annotated[tuple[float, ...] | None, BeforeValidator(_parse_memory)] = Field(
         None, description="auto: GiB that each simulated client may use (repeated); unset: what its device has free"
     )
@@ -276,6 +276,11 @@ class ClientsConfig(Section):
         known = {client_name(k): self.rank(k) for k in range(self.count)}
         return {name: rank for name, rank in known.items() if rank is not None}
 
+    def largest(self, count: int) -> list[int]:
+        """The ranks of so many clients at the most, the largest first; max_rank where the nodes say."""
+        known = sorted(self.by_name().values(), reverse=True) or [self.max_rank] * self.count
+        return known[:count]
+
     def budget(self, partition: int) -> float | None:
         """Bytes that client number `partition` may use; None for what its device has free."""
         return 2**30 * self.memory[partition % len(self.memory)] if self.memory else None
@@ -288,14 +293,11 @@ class ClientsConfig(Section):
 class Expected(Section):
     """What a client may expect of the method: which factors it trains, and what will come with its orders."""
 
-    trains: str = Field("AB", description="factors that are trained")
+    turns: tuple[str, ...] = Field(("AB",), description="factors that are trained, round by round in turn")
     begins: bool = Field(False, description="whether a start of the client's rank comes")
-    stacked: int = Field(0, ge=0, description="so many adapters may be stacked in the frozen part, in the last round")
-    largest: int | None = Field(None, ge=1, description="rank that the frozen part is cut to")
-
-    def frozen_rank(self, rank: int) -> int:
-        """The largest rank of the frozen part where every client has `rank`; no module's exceeds its narrow side."""
-        return min(self.stacked * rank, self.largest or self.stacked * rank)
+    frozen_rank: int = Field(
+        0, ge=0, description="largest rank of the frozen part, in the last round; no module's exceeds its narrow side"
+    )
 
 
 class ClientSettings(Section):

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -26,7 +26,7 @@ from corolla.adapters import (
     target_shapes,
 )
 from corolla.aggregation import DenseDelta, Shapes
-from corolla.client.config import ClientSettings
+from corolla.client.config import ClientSettings, TrainConfig
 from corolla.client.tasks import Task, find_task
 
 
@@ -102,7 +102,7 @@ class Meter(TorchDispatchMode):
 @lru_cache(maxsize=64)
 def adapted_shapes(settings: ClientSettings, targets: str | tuple[str, ...] | None = None) -> tuple[Shapes, Shapes]:
     """(module -> (out, in) of what is adapted, the same of the heads), from the base's configuration alone."""
-    model = empty_model(find_base(settings.model.name), settings.model.dtype, settings.head)
+    model = _empty(settings)
     heads = head_shapes(model, settings.head)
     with torch.device("meta"):
         return target_shapes(model, settings.adapter.spec(1, targets, tuple(heads))), heads
@@ -117,51 +117,55 @@ def estimate_memory(settings: ClientSettings, work: Work, rank: int, micro_batch
     while they are generated are not seen. Raises FileNotFoundError for a base that is not there, and what the model
     raises for examples that it cannot take.
     """
-    task = find_task(settings.train.task)
-    model = empty_model(find_base(settings.model.name), settings.model.dtype, settings.head)
-    _, heads = adapted_shapes(settings, work.targets)
-    frozen_rank = settings.expected.frozen_rank(rank)
-    spec = settings.adapter.spec(rank, work.targets, tuple(heads))
+    task, base, heads = find_task(settings.train.task), _empty(settings), adapted_shapes(settings, work.targets)[1]
+    spared, largest = quantized_bytes(base, settings.model.quantization)
+    model = _empty(settings, computing=True)
+    spec = partial(settings.adapter.spec, targets=work.targets, exclude=tuple(heads))
     width = settings.adapter.personal_rank
-    saved, largest = quantized_bytes(model, settings.model.quantization)
     with torch.device("meta"):
-        personal = settings.adapter.spec(width, work.targets, tuple(heads)) if width else None
-        peft = attach_empty(model, spec, frozen_rank, personal)
+        peft = attach_empty(model, spec(rank), settings.expected.frozen_rank, spec(width) if width else None)
     if settings.train.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode(), Meter() as meter, _kernels_of(work.device):
-        base = meter.grown(lambda: _fill(peft, lambda name: "lora_" not in name))
+        meter.grown(lambda: _fill(peft, lambda name: "lora_" not in name))
         frozen = meter.grown(lambda: _fill(peft, lambda name: f".{MERGED}." in name))
         adapter = meter.grown(lambda: _fill(peft, lambda name: True))
         nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in heads.items()}
         with dense_beside(model, nothing, LOCAL, trains=True):
             evaluation = meter.passing(lambda: task.dry_evaluation(peft.eval(), work.held_out, work.length))
-            kept, at_peak = _train(peft.train(), task, settings, work, micro_batch, meter)
-    memory = Memory(base - saved, frozen, adapter, kept, max(at_peak - kept, evaluation - kept) + largest)
-    return replace(memory, activations=max(0.0, memory.activations))
+            kept, at_peak = _train(peft.train(), task, settings.train, (micro_batch, work.length), meter)
+    activations = max(at_peak, evaluation) - kept + largest
+    return Memory(_held(base) - spared, frozen, adapter, kept, max(0.0, activations))
 
 
-def _train(
-    peft: Any, task: Task, settings: ClientSettings, work: Work, micro_batch: int, meter: Meter
-) -> tuple[int, int]:
-    """Bytes of gradients and optimizer state after a step, and the most beyond the model that two steps hold."""
-    optimizer = _optimizer(peft, settings.train.optimizer)
+def _empty(settings: ClientSettings, computing: bool = False) -> Any:
+    """The base without values; `computing`: a quantised one in the precision of training, which its layers compute in
+    and of which autocast then makes no copies to keep."""
+    model, train = settings.model, settings.train
+    precision = train.dtype if computing and model.quantization != "none" and train.dtype != "float32" else model.dtype
+    return empty_model(find_base(model.name), precision, settings.head, model.attention)
 
-    def update() -> None:
-        precision = settings.train.dtype
-        with torch.autocast("cpu", getattr(torch, precision)) if precision != "float32" else nullcontext():
-            loss = task.dry_run(peft, settings.train, micro_batch, work.length)
+
+def _held(model: Any) -> int:
+    """Bytes of all parameters and buffers, each once."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _train(peft: Any, task: Task, train: TrainConfig, size: tuple[int, int], meter: Meter) -> tuple[int, int]:
+    """Bytes of gradients and optimizer state after a step, and the most beyond the model that a later step holds."""
+    optimizer = _optimizer(peft, train.optimizer)
+
+    def passes() -> None:
+        with torch.autocast("cpu", getattr(torch, train.dtype)) if train.dtype != "float32" else nullcontext():
+            loss = task.dry_run(peft, train, *size)
         loss.backward()
-        optimizer.step()
 
-    def state() -> int:
-        found = (value for values in optimizer.state.values() for value in values.values())
-        return sum(value.nbytes for value in found if isinstance(value, torch.Tensor))
-
-    first = meter.passing(update)
-    gradients = sum(p.grad.nbytes for p in peft.parameters() if p.grad is not None)
-    remembered = state()
-    return gradients + remembered, first + remembered
+    before = meter.live
+    in_passes = meter.passing(passes)
+    gradients = meter.live - before
+    in_step = meter.passing(optimizer.step) + gradients
+    kept = meter.live - before
+    return kept, max(in_passes + kept - gradients, in_step)
 
 
 def _optimizer(model: Any, name: str) -> torch.optim.Optimizer:

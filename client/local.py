@@ -242,8 +242,9 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
 
     The node may give `name`, `rank`, `memory` (GiB), `target-modules`, and its own `model`, `device`, `quantization`,
     `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several share one file.
-    `known` are limits found before; without them a rank that is left to the node's memory is planned. Raises
-    ValueError where the ranks are left to the nodes and this one gives none, or its memory is enough for no rank.
+    `known` are limits found before. Where the rank is left to the node's memory and it has none by name, it is
+    planned. Raises ValueError where the ranks are left to the nodes and this one gives none, for a memory that is no
+    number of GiB above 0, or one that is enough for no rank.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -256,13 +257,14 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
     examples, rows = _load_data(open_tokenizer(find_base(model.name)), client_id, *share, settings)
     rank = node.get("rank", settings.clients.rank(partition))
-    if rank is None and settings.clients.ranks == AUTO:
+    if settings.clients.ranks == AUTO:
         keep_freed_memory_low()
-        budget = float(node["memory"]) * 2**30 if node.get("memory") else settings.clients.budget(partition)
-        length = max(example.length for example in (*rows, *examples.held_out))
-        work = Work(length, len(examples.held_out or examples.train), targets)
-        known = known or make_plan(settings, budget, work).choice.limits
-        rank = known.rank
+        if rank is None:
+            budget = _memory(node, client_id) or settings.clients.budget(partition)
+            length = max(example.length for example in (*rows, *examples.held_out))
+            work = Work(length, len(examples.held_out or examples.train), targets)
+            known = make_plan(settings, budget, work).choice.limits
+            rank = known.rank
     if rank is None:
         raise ValueError(
             f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
@@ -270,6 +272,20 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     base = model.open(settings.head)
     keeps = Path(str(node["state"])).expanduser() if node.get("state") else None
     return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps, known)
+
+
+def _memory(node: Mapping[str, Any], client_id: str) -> float | None:
+    """Bytes that the node's configuration allows, None where it says nothing."""
+    if "memory" not in node:
+        return None
+    try:
+        if (memory := float(node["memory"])) > 0:
+            return memory * 2**30
+    except ValueError:
+        pass
+    raise ValueError(
+        f"memory of {client_id} must be GiB above 0, got {node['memory']!r}: mend the node's configuration"
+    )
 
 
 @lru_cache(maxsize=256)

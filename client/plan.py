@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -36,7 +35,6 @@ class Option:
     """One way to train. `process` are bytes of the process itself and of what it receives (on the CPU alone)."""
 
     limits: Limits
-    frozen_rank: int
     memory: Memory
     process: float
     traffic: Traffic
@@ -68,65 +66,62 @@ class Plan:
         least = self.options[-1]
         raise ValueError(
             f"rank {least.limits.rank} with micro-batch {least.limits.micro_batch} and {self.length} tokens needs "
-            f"{least.peak / HEADROOM / 2**30:.2f} GiB on {self.device}, got {self.budget / 2**30:.2f}: use a smaller "
-            "base, model.quantization, train.checkpointing or a smaller train.max_length"
+            f"{least.peak / HEADROOM / 2**30:.2f} GiB on {self.device}, of which {least.memory.frozen / 2**30:.2f} for "
+            f"what the federation has learned, got {self.budget / 2**30:.2f}: use a smaller base, model.quantization, "
+            "train.checkpointing, a smaller train.max_length, clients.max_rank or aggregation.download_rank"
         )
+
+
+PROCESS = float(psutil.Process().memory_info().rss)
+"""Bytes of this process on the CPU before any base is open."""
 
 
 def available_memory(device: str) -> float:
     """Bytes that this process may use on a device (torch's name, "auto", or one of DEVICE_MAPS: on all GPUs).
 
-    On the CPU what the machine has free and the process holds already, and no more than its control group allows.
+    On the CPU what the machine has free and the process began with, and no more than its control group allows. Raises
+    ValueError for a GPU that is not there.
     """
+    if device != "auto" and device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"model.device = {device!r} needs a GPU, got none: name a budget (--memory), or use 'cpu'")
     if device in DEVICE_MAPS:
         return sum(available_memory(f"cuda:{i}") for i in range(torch.cuda.device_count()))
     chosen = choose_device(device)
     if chosen.type == "cuda":
         return float(torch.cuda.mem_get_info(chosen)[0] + torch.cuda.memory_reserved(chosen))
-    free = psutil.virtual_memory().available + process_memory()
+    free = psutil.virtual_memory().available + PROCESS
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
     return float(min(free, int(limit)) if limit.isdigit() else free)
 
 
-def process_memory() -> float:
-    """Bytes that this process holds on the CPU."""
-    return float(psutil.Process().memory_info().rss)
-
-
-@lru_cache(maxsize=64)
 def make_plan(
-    settings: ClientSettings,
-    budget: float | None = None,
-    work: Work | None = None,
-    process: float | None = None,
+    settings: ClientSettings, budget: float | None = None, work: Work | None = None, process: float | None = None
 ) -> Plan:
     """The options for `budget` bytes (None: what the device has) and this work (None: examples of train.max_length).
 
-    `process` are the bytes of the process by itself (None: on the CPU those that it holds now, before its base is
-    open). Raises ValueError for full fine-tuning, which has no rank, and what `estimate_memory` raises.
+    `process` are the bytes of the process by itself (None: on the CPU those that it began with). Raises ValueError for
+    full fine-tuning, which has no rank, and for a GPU that is not there, and what `estimate_memory` raises.
     """
-    if not set(settings.expected.trains) <= set("AB"):
+    if not set("".join(settings.expected.turns)) <= set("AB"):
         raise ValueError(
-            f"a plan chooses the rank of an adapter, got a method that trains {settings.expected.trains}: use another"
+            f"a plan chooses the rank of an adapter, got a method that trains {settings.expected.turns[0]}: use another"
         )
     name, train = settings.model.device, settings.train
+    budget = available_memory(name) if budget is None else budget
     device = "cuda" if name in DEVICE_MAPS else choose_device(name).type
     work = replace(work or Work(train.max_length), device=device)
-    own = process_memory() if process is None else process
-    budget = available_memory(name) if budget is None else budget
     ranks = _ranks(settings.clients.max_rank)
     sizes = list(_sizes(Limits(train.batch_size, train.accumulation, 1)))
     grid = _Grid(settings, work, ranks, [size.micro_batch for size in sizes])
     options = []
     for rank in ranks:
         traffic = expected_traffic(settings, rank, work.targets)
-        process_bytes = own + FURTHER + 2 * (traffic.down + traffic.up) if device == "cpu" else 0.0
+        own = (PROCESS if process is None else process) + FURTHER + 2 * (traffic.down + traffic.up)
         tried = [
             Option(
                 Limits(size.micro_batch, size.accumulation, rank),
-                settings.expected.frozen_rank(rank),
                 grid.memory(rank, size.micro_batch),
-                process_bytes,
+                own if device == "cpu" else 0.0,
                 traffic,
             )
             for size in sizes
@@ -151,12 +146,11 @@ def _sizes(limits: Limits) -> list[Limits]:
 class _Grid:
     """Memory by rank and micro-batch, estimated where both are smallest or largest.
 
-    A peak is the largest of sums that are linear in each, so it is convex: in between it is at most what is
-    interpolated.
+    The frozen part does not depend on the rank, and all else is a largest of sums that are linear in each: convex, so
+    that in between it is at most what is interpolated.
     """
 
     def __init__(self, settings: ClientSettings, work: Work, ranks: Sequence[int], sizes: Sequence[int]) -> None:
-        self.settings, self.targets = settings, work.targets
         self.ranks, self.sizes = (min(ranks), max(ranks)), (min(sizes), max(sizes))
         self._known = {
             (rank, size): estimate_memory(settings, work, rank, size) for rank in self.ranks for size in self.sizes
@@ -165,9 +159,7 @@ class _Grid:
     def memory(self, rank: int, size: int) -> Memory:
         """At `rank` and micro-batch `size`."""
         ends = [_between(size, self.sizes, [self._known[end, other] for other in self.sizes]) for end in self.ranks]
-        found = _between(rank, self.ranks, ends)
-        frozen = frozen_bytes(self.settings, rank, self.targets)
-        return Memory(found.base, frozen, found.adapter, found.optimizer, found.activations)
+        return _between(rank, self.ranks, ends)
 
 
 def _between(at: int, ends: tuple[int, int], memories: Sequence[Memory]) -> Memory:
@@ -177,21 +169,15 @@ def _between(at: int, ends: tuple[int, int], memories: Sequence[Memory]) -> Memo
     return Memory(**{n: (1 - part) * getattr(low, n) + part * getattr(high, n) for n in names})
 
 
-def frozen_bytes(settings: ClientSettings, rank: int, targets: str | tuple[str, ...] | None) -> float:
-    """Of the frozen adapter beside one of `rank`, float32, no module's rank beyond its narrow side."""
-    shapes, _ = adapted_shapes(settings, targets)
-    widest = settings.expected.frozen_rank(rank)
-    return float(sum(4 * min(widest, o, i) * (o + i) for o, i in shapes.values()))
-
-
 def expected_traffic(settings: ClientSettings, rank: int, targets: str | tuple[str, ...] | None = None) -> Traffic:
     """What an adapter of `rank` costs in a round, in float32: its factors and heads, and what comes before training."""
-    shapes, heads = adapted_shapes(settings, targets)
+    (shapes, heads), expected = adapted_shapes(settings, targets), settings.expected
     factors = {"A": sum(i for _, i in shapes.values()), "B": sum(o for o, _ in shapes.values())}
     head = 4 * sum(o * i for o, i in heads.values())
-    start = 4 * rank * sum(factors.values()) if settings.expected.begins else 0
-    frozen = int(frozen_bytes(settings, rank, targets))
-    return Traffic(frozen + start + head, 4 * rank * sum(factors[name] for name in settings.expected.trains) + head)
+    start = 4 * rank * sum(factors.values()) if expected.begins else 0
+    frozen = sum(4 * min(expected.frozen_rank, o, i) * (o + i) for o, i in shapes.values())
+    up = max(sum(factors[name] for name in turn) for turn in expected.turns)
+    return Traffic(frozen + start + head, 4 * rank * up + head)
 
 
 def keep_freed_memory_low() -> None:

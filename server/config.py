@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from corolla.adapters import read_peft_folder
 from corolla.aggregation import AGGREGATORS, OPTIMIZERS, WEIGHTS, Method, build_method, with_optimizer
+from corolla.aggregation import ranks as rank_of
 from corolla.client.config import (
+    AUTO,
     AdapterConfig,
     ClientsConfig,
     ClientSettings,
@@ -169,6 +172,13 @@ class Config(Section):
                 "train.task = 'preference' measures against the base as it is, got aggregation.method = 'full' or "
                 "adapter.init_from: use another method, without it"
             )
+        if self.clients.ranks == AUTO and self.aggregation.method == "full":
+            raise ValueError("clients.ranks = 'auto' plans the rank of an adapter, got aggregation.method = 'full'")
+        if self.clients.ranks == AUTO and self.run.backend == "ray" and not self.clients.memory:
+            raise ValueError(
+                "clients.ranks = 'auto' with run.backend = 'ray' has clients beside each other on one machine, got no "
+                "clients.memory: say how many GiB each may use"
+            )
         if self.aggregation.noise and self.aggregation.method == "full":
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
         head_of(self.train, self.data)
@@ -190,15 +200,18 @@ class Config(Section):
         )
 
     def expected(self) -> Expected:
-        """What clients may expect of the method, at most: a round's stack, or residual, of every round before."""
-        method = self.aggregation.build()
-        starts = int(method.common_start)
-        stack = self.run.participants(self.clients.count) + starts
+        """What clients may expect of the method, at the most: the stack of every round before the last, or its cut."""
+        method, aggregation = self.aggregation.build(), self.aggregation
+        ranks = self.clients.largest(self.run.participants(self.clients.count))
+        start = ranks[0] if method.common_start else 0  # of which a client carries what its rank does not hold
+        merged = (self.run.rounds - 1) * (sum(ranks) + 2 * start) + start if method.merges else 0
+        if self.adapter.init_from and Path(self.adapter.init_from).is_dir():
+            merged += max(rank_of(read_peft_folder(Path(self.adapter.init_from))).values(), default=0)
+        caps = [cap for cap in (aggregation.download_rank, aggregation.max_rank) if cap]
         return Expected(
-            trains="".join(sorted(method.constrain(1).trains)),
+            turns=tuple(dict.fromkeys("".join(sorted(method.constrain(r).trains)) for r in (1, 2))),
             begins=method.common_start,
-            stacked=(self.run.rounds - 1) * stack + starts if method.merges else starts,
-            largest=self.aggregation.download_rank,
+            frozen_rank=min([merged, *caps]) + start,
         )
 
     def flat(self) -> dict[str, str | int | float | bool]:

@@ -12,6 +12,7 @@ from typing import Any
 from corolla.aggregation import AdapterState, GlobalModel, whole
 from corolla.client.app import CLIENTS, use_threads
 from corolla.client.app import app as client_app
+from corolla.client.config import AUTO, client_name
 from corolla.client.local import Client, open_client
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
@@ -100,7 +101,7 @@ def simulate(
         run_server(grid, loaded, folder, watch.on_line)
     if loaded.run.alone:
         use_threads(loaded.run.threads)
-        comparison = compare(folder, clients_of(loaded), watch.on_step)
+        comparison = compare(folder, clients_of(loaded, _planned(loaded, folder)), watch.on_step)
         folder.write_json(COMPARISON, comparison.columns)
     return Run(folder.path)
 
@@ -124,11 +125,23 @@ def nodes(config: Config) -> list[dict[str, Any]]:
     return [{"partition-id": k, **common} for k in range(config.clients.count)]
 
 
-def clients_of(config: Config) -> dict[str, Client]:
-    """Every client of a simulation, open in this process, by name; they keep nothing from round to round."""
+def _planned(config: Config, folder: RunFolder) -> dict[str, int]:
+    """The rank that each client of the run planned, none where they were given."""
+    if config.clients.ranks != AUTO:
+        return {}
+    rounds = [line["clients"] for line in folder.lines() if line["kind"] == "round"]
+    return {client: facts["rank"] for clients in rounds for client, facts in clients.items()}
+
+
+def clients_of(config: Config, ranks: Mapping[str, int] = {}) -> dict[str, Client]:
+    """Every client of a simulation, open in this process, by name; they keep nothing from round to round.
+
+    `ranks` are those of clients that planned them in a run.
+    """
     forgets = {"adapter.personal_rank": "", "train.keep_optimizer": False}
     settings = Config.from_flat(config.flat() | forgets).settings()
-    clients = [open_client(settings, node) for node in nodes(config)]
+    named = [(client_name(int(node["partition-id"])), node) for node in nodes(config)]
+    clients = [open_client(settings, node | ({"rank": ranks[n]} if n in ranks else {})) for n, node in named]
     return {client.client_id: client for client in clients}
 
 

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from corolla.adapters import Base, without_adapters
 from corolla.client.config import DataConfig, TrainConfig
-from corolla.client.evaluation import answer_all, answer_log_probs
+from corolla.client.evaluation import BATCH, answer_all, answer_log_probs
 from corolla.client.tasks import causal_lm
 from corolla.client.tasks.causal_lm import TextExample
 from corolla.client.tasks.rounds import SpansRounds
@@ -169,7 +169,12 @@ def _options(train: TrainConfig) -> dict[str, Any]:
 
 
 def _dry_run(model: Any, train: TrainConfig, batch: int, length: int) -> Any:
-    """DPOTrainer's passes: each example is two sequences; what it does with their sums is small."""
+    """DPOTrainer's passes: each example is two sequences; what it does with their sums is small.
+
+    Before them come the reference's log-probabilities of the round's examples.
+    """
+    causal_lm.dry_evaluation(model.eval(), BATCH, length)
+    model.train()
     return causal_lm.dry_run(model, train, 2 * batch, length)
 
 
