@@ -14,7 +14,7 @@ from corolla.client.config import ClientSettings
 from corolla.client.estimate import Memory, Work, adapted_shapes, estimate_memory
 
 HEADROOM = 0.9
-"""The part of a budget that is planned for: predictions are not exact (docs/memory.md)."""
+"""The part of a budget that is planned for: docs/memory.md has predictions beside measured peaks."""
 
 FURTHER = 64 * 2**20
 """Bytes that a process on the CPU comes to need after planning: the tokenizer, examples, a trainer."""
