@@ -4,7 +4,7 @@
     python -m benchmarks.training --size 1b --device cuda --dtype bfloat16 --batch-size 8 --length 1024 --steps 20
 
 Both train the same batches on one open base, in turns, and the best turn of each counts. Set-up is what passes before
-the first forward pass of a round; tokens/s are of what comes after it. Model FLOPs are 4 per token and weight of the
+the first forward pass of a round, the trainer's part of it what comes after the adapters are attached; tokens/s are of what comes after it. Model FLOPs are 4 per token and weight of the
 base and of the frozen adapter (forward, and backward to the activations) and 6 per weight of the trained adapter.
 """
 
@@ -70,9 +70,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Turn:
-    """One training: seconds before its first forward pass, seconds after it, and bytes at the peak (CUDA alone)."""
+    """One training: seconds before its first forward pass, of these the trainer's, seconds after it, and bytes at the
+    peak (CUDA alone)."""
 
     setup: float
+    trainer: float
     training: float
     peak: int
 
@@ -106,9 +108,11 @@ def client_turn(work: Work, frozen: dict[str, LowRankDelta]) -> Turn:
     config = TrainConfig(local_steps=work.steps, batch_size=work.batch_size, dtype=work.dtype, max_length=work.length)  # type: ignore[arg-type]
     examples = work.examples()
 
-    def run() -> None:
+    def run() -> float:
         with attached(work.base.model, AdapterSpec(RANK, 32.0, TARGETS), frozen=frozen) as model:
+            attached_at = time.perf_counter()
             train_round(model, work.base, config, examples, 1, 1, 0)
+        return attached_at
 
     return _timed(work.base, run)
 
@@ -117,8 +121,9 @@ def bare_turn(work: Work, frozen: dict[str, LowRankDelta]) -> Turn:
     """The same by PEFT and TRL alone."""
     examples = work.examples()
 
-    def run() -> None:
+    def run() -> float:
         model = _bare_model(work.base, frozen)
+        attached_at = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             dataset = Dataset.from_list([example.features() for example in examples])
             arguments = _bare_arguments(work, folder)
@@ -126,6 +131,7 @@ def bare_turn(work: Work, frozen: dict[str, LowRankDelta]) -> Turn:
         model.unload()
         work.base.model.__dict__.pop("peft_config", None)
         work.base.model.__dict__.pop("forward", None)  # TRL's own, which it leaves there
+        return attached_at
 
     return _timed(work.base, run)
 
@@ -164,18 +170,19 @@ def _bare_arguments(work: Work, folder: str) -> SFTConfig:
     )
 
 
-def _timed(base: Base, run: Callable[[], None]) -> Turn:
+def _timed(base: Base, run: Callable[[], float]) -> Turn:
     gc.collect()
     cuda = base.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(base.device)
     with _first_forward(base.model) as seen:
         began = time.perf_counter()
-        run()
+        attached_at = run()
         if cuda:
             torch.cuda.synchronize(base.device)
         ended = time.perf_counter()
-    return Turn(seen[0] - began, ended - seen[0], torch.cuda.max_memory_allocated(base.device) if cuda else 0)
+    peak = torch.cuda.max_memory_allocated(base.device) if cuda else 0
+    return Turn(seen[0] - began, seen[0] - attached_at, ended - seen[0], peak)
 
 
 @contextmanager
@@ -224,10 +231,11 @@ def client_over_bare(frozen_rank: int) -> tuple[str, float, float]:
 
 
 def setup_over_half_a_second() -> tuple[str, float, float]:
-    """(what, seconds from a round's order to its first forward pass, 0.5)."""
+    """(what, seconds from a model with its adapters to its first forward pass, 0.5)."""
     work = Work(open_base(DEMO, device="cpu"), batch_size=1, steps=1, length=16)
     turns = [client_turn(work, frozen_adapter(work.base, 64)) for _ in range(4)]
-    return "a round's set-up / 0.5 s, SmolLM2-135M, frozen adapter of rank 64", min(t.setup for t in turns[1:]), 0.5
+    what = "a trainer's set-up in a round / 0.5 s, SmolLM2-135M, frozen adapter of rank 64"
+    return what, min(turn.trainer for turn in turns[1:]), 0.5
 
 
 def further_client() -> tuple[str, float, float]:
@@ -264,7 +272,16 @@ def main(
     """Prints tokens/s of the client and of the bare script, with frozen adapters of rank 0, 64 and 160."""
     base = open_base(DEMO, dtype, device) if size == "smollm2" else random_base(size, device, dtype)
     work = Work(base, batch_size, length, steps, dtype)
-    columns = ("frozen rank", "client tokens/s", "bare tokens/s", "ratio", "set-up, s", "MFU", "peak, MiB")
+    columns = (
+        "frozen rank",
+        "client tokens/s",
+        "bare tokens/s",
+        "ratio",
+        "set-up, s",
+        "trainer's, s",
+        "MFU",
+        "peak, MiB",
+    )
     table = Table(*columns, title=f"{size}, {device}, {dtype}, {batch_size} × {length} tokens, rank {RANK}")
     for rank in (0, 64, 160):
         best = best_turns(work, rank, pairs)
@@ -272,7 +289,8 @@ def main(
         part, peak = utilisation(work, rank, best["client"]), best["client"].peak
         shown = ("–" if part is None else f"{part:.1%}", f"{peak / 2**20:.0f}" if peak else "–")
         table.add_row(
-            f"{rank}", f"{client:.0f}", f"{bare:.0f}", f"{client / bare:.3f}", f"{best['client'].setup:.2f}", *shown
+            *(f"{rank}", f"{client:.0f}", f"{bare:.0f}", f"{client / bare:.3f}"),
+            *(f"{best['client'].setup:.2f}", f"{best['client'].trainer:.2f}", *shown),
         )
     Console(width=120).print(table)
 
