@@ -4,8 +4,9 @@
     python -m benchmarks.training --size 1b --device cuda --dtype bfloat16 --batch-size 8 --length 1024 --steps 20
 
 Both train the same batches on one open base, in turns, and the best turn of each counts. Set-up is what passes before
-the first forward pass of a round, the trainer's part of it what comes after the adapters are attached; tokens/s are of what comes after it. Model FLOPs are 4 per token and weight of the
-base and of the frozen adapter (forward, and backward to the activations) and 6 per weight of the trained adapter.
+the first forward pass of a round, the trainer's part of it what comes after the adapters are attached; tokens/s are of
+what comes after it. Model FLOPs are 4 per token and weight of the base and of the frozen adapter (forward, and backward
+to the activations) and 6 per weight of the trained adapter.
 """
 
 import gc
