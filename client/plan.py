@@ -44,6 +44,10 @@ class Option:
         """Bytes in all."""
         return self.memory.peak + self.process
 
+    def fits(self, budget: float) -> bool:
+        """Whether it stays within `budget` bytes, with some headroom."""
+        return self.peak <= HEADROOM * budget
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -55,8 +59,8 @@ class Plan:
     length: int
 
     def fits(self, option: Option) -> bool:
-        """Whether it stays within the budget, with some headroom."""
-        return option.peak <= HEADROOM * self.budget
+        """Whether it stays within the plan's budget."""
+        return option.fits(self.budget)
 
     @property
     def choice(self) -> Option:
@@ -126,7 +130,7 @@ def make_plan(
             )
             for size in sizes
         ]
-        options.append(next((o for o in tried if o.peak <= HEADROOM * budget), tried[-1]))
+        options.append(next((option for option in tried if option.fits(budget)), tried[-1]))
     return Plan(tuple(options), budget, device, work.length)
 
 
