@@ -1,91 +1,46 @@
-"""The ClientApp: Flower's messages to and from `corolla.client.local`. A thin shell."""
+"""The ClientApp: Flower's messages to `corolla.client.answers`, in the node's worker or here. A thin shell.
 
-import os
-from dataclasses import fields
-from pathlib import Path
+Flower starts a process for every message: nothing here may import torch before it is needed.
+"""
 
-import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from corolla.client.afford import Limits
-from corolla.client.config import ClientSettings
-from corolla.client.local import Client, open_client
-from corolla.client.protocol import Assignment
+from corolla.client.forward import NoWorker, forward
 
 app = ClientApp()
 
-CLIENTS = "clients"
-"""In the folder of a simulation, the folder of what each client keeps to itself."""
-
-LIMITS = "corolla.limits"
-"""The record of a node's state that holds what its memory allows."""
-
-DECLARED = "declared"
-
-NAMES = [field.name for field in fields(Limits)]
+WORKER = "worker"
+"""In a node's configuration, the Unix socket of its worker (`corolla worker`)."""
 
 
-def use_threads(threads: int) -> int:
-    """Sets torch's CPU threads (0: every core this process may use) and returns the number.
+def _answer(name: str, message: Message, context: Context) -> Message:
+    """The reply of the node's worker; of this process where the node has none, or where none answers there."""
+    if socket := context.node_config.get(WORKER):
+        try:
+            return Message(forward(name, message.content, context, str(socket)), reply_to=message)
+        except NoWorker as error:
+            from flwr.common.logger import log
 
-    Every engine sets its own otherwise, and results are bit-equal only with equal numbers.
-    """
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    return threads
+            log(30, "%s: this process opens the base itself, which takes longer", error)
+    from corolla.client.answers import ANSWERS, Node
 
-
-def _open(settings: str, context: Context) -> Client:
-    """The client that this node is, within the limits that it found before; what it finds now is remembered."""
-    parsed = ClientSettings.model_validate_json(settings)
-    use_threads(parsed.threads)
-    node = dict(context.node_config)
-    if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
-        node.setdefault("state", str(Path(folder) / CLIENTS))
-    if known := context.state.config_records.get(LIMITS):
-        limits = Limits(**{name: int(known[name]) for name in NAMES})  # type: ignore[arg-type]
-        return open_client(parsed, {"rank": known[DECLARED], **node}, limits)
-    client = open_client(parsed, node)
-    if client.limits:
-        _remember(context, client, client.limits)
-    return client
-
-
-def _remember(context: Context, client: Client, limits: Limits) -> None:
-    """Notes what the client can afford, and the rank that it has in the federation whatever it can train of it."""
-    numbers = {name: getattr(limits, name) for name in NAMES}
-    context.state.config_records[LIMITS] = ConfigRecord({**numbers, DECLARED: client.rank})
+    return Message(ANSWERS[name](message.content, Node(context.node_config, context.state)), reply_to=message)
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Says who this node is."""
-    settings = str(message.content.config_records["settings"]["json"])
-    return Message(_open(settings, context).hello().pack(), reply_to=message)
+    return _answer("hello", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come."""
-    assignment = Assignment.unpack(message.content)
-    client = _open(assignment.order.settings, context)
-    reply = client.train(assignment)
-    if reply.metrics["out_of_memory"]:
-        found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
-        _remember(context, client, Limits(*map(int, found)))
-    return Message(reply.pack(), reply_to=message)
+    """Trains its share and replies the adapter."""
+    return _answer("train", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model and replies numbers."""
-    assignment = Assignment.unpack(message.content)
-    client = _open(assignment.order.settings, context)
-    content = RecordDict(
-        {
-            "receipt": ConfigRecord({"client_id": client.client_id, "model": assignment.order.model}),
-            "metrics": MetricRecord({**client.evaluate(assignment)}),
-        }
-    )
-    return Message(content, reply_to=message)
+    return _answer("evaluate", message, context)

@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from corolla.client.app import use_threads
+from corolla.client.answers import use_threads
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 from corolla.server.run import prepare_folder, run_server

@@ -13,7 +13,7 @@ from corolla.aggregation import (
     whole,
     without_empty,
 )
-from corolla.client.app import use_threads
+from corolla.client.answers import use_threads
 from corolla.client.config import head_of
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder

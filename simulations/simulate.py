@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.aggregation import AdapterState, GlobalModel, whole
-from corolla.client.app import CLIENTS, use_threads
+from corolla.client.answers import CLIENTS, use_threads
 from corolla.client.app import app as client_app
 from corolla.client.config import AUTO, client_name
 from corolla.client.local import Client, open_client

@@ -8,7 +8,7 @@ from typing import Any
 
 from corolla.adapters import Base, carrying
 from corolla.aggregation import AdapterState, GlobalModel, adapter_norm, distance, whole, without_empty
-from corolla.client.app import use_threads
+from corolla.client.answers import use_threads
 from corolla.client.data import ClientData
 from corolla.client.local import Client
 from corolla.client.tasks import find_task

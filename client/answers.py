@@ -1,0 +1,98 @@
+"""What a node answers to Flower's messages: records in, records out. The ClientApp and the worker both call it."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from corolla.client.afford import Limits
+from corolla.client.config import ClientSettings
+from corolla.client.local import Client, open_client
+from corolla.client.protocol import Assignment
+
+CLIENTS = "clients"
+"""In the folder of a simulation, the folder of what each client keeps to itself."""
+
+LIMITS = "corolla.limits"
+"""The record of a node's state that holds what its memory allows."""
+
+DECLARED = "declared"
+
+NAMES = [field.name for field in fields(Limits)]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as Flower knows it: its configuration, and the state that it keeps from message to message (written)."""
+
+    config: Mapping[str, Any]
+    state: RecordDict
+
+
+def use_threads(threads: int) -> int:
+    """Sets torch's CPU threads (0: every core this process may use) and returns the number.
+
+    Every engine sets its own otherwise, and results are bit-equal only with equal numbers.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _open(settings: str, node: Node) -> Client:
+    """The client that this node is, within the limits that it found before; what it finds now is remembered."""
+    parsed = ClientSettings.model_validate_json(settings)
+    use_threads(parsed.threads)
+    config = dict(node.config)
+    if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
+        config.setdefault("state", str(Path(folder) / CLIENTS))
+    if known := node.state.config_records.get(LIMITS):
+        limits = Limits(**{name: int(known[name]) for name in NAMES})  # type: ignore[arg-type]
+        return open_client(parsed, {"rank": known[DECLARED], **config}, limits)
+    client = open_client(parsed, config)
+    if client.limits:
+        _remember(node, client, client.limits)
+    return client
+
+
+def _remember(node: Node, client: Client, limits: Limits) -> None:
+    """Notes what the client can afford, and the rank that it has in the federation whatever it can train of it."""
+    numbers = {name: getattr(limits, name) for name in NAMES}
+    node.state.config_records[LIMITS] = ConfigRecord({**numbers, DECLARED: client.rank})
+
+
+def hello(content: RecordDict, node: Node) -> RecordDict:
+    """Who this node is."""
+    settings = str(content.config_records["settings"]["json"])
+    return _open(settings, node).hello().pack()
+
+
+def train(content: RecordDict, node: Node) -> RecordDict:
+    """The adapter trained on the node's share; what memory allowed is remembered for the rounds to come."""
+    assignment = Assignment.unpack(content)
+    client = _open(assignment.order.settings, node)
+    reply = client.train(assignment)
+    if reply.metrics["out_of_memory"]:
+        found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
+        _remember(node, client, Limits(*map(int, found)))
+    return reply.pack()
+
+
+def evaluate(content: RecordDict, node: Node) -> RecordDict:
+    """Numbers of the global model on the node's held-out examples."""
+    assignment = Assignment.unpack(content)
+    client = _open(assignment.order.settings, node)
+    return RecordDict(
+        {
+            "receipt": ConfigRecord({"client_id": client.client_id, "model": assignment.order.model}),
+            "metrics": MetricRecord({**client.evaluate(assignment)}),
+        }
+    )
+
+
+ANSWERS: Mapping[str, Callable[[RecordDict, Node], RecordDict]] = {"hello": hello, "train": train, "evaluate": evaluate}
+"""By the name that the worker is asked with."""

@@ -1,0 +1,91 @@
+"""A process beside a node that keeps the base open and answers for its ClientApp (`corolla worker`).
+
+It listens on a Unix socket in a folder that its user alone can enter, and does one thing at a time: a GPU holds one
+training. What it cannot do it answers with the reason, and goes on; what ends it (out of host memory, a driver) ends
+the request with an error, and whatever supervises it starts it again.
+"""
+
+import json
+import os
+import stat
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from flwr.app import RecordDict
+from flwr.common.logger import log
+
+from corolla.client.answers import ANSWERS, Node
+from corolla.client.forward import NODE, OPTIONS, SERVICE, part
+from corolla.client.frames import from_frames, to_frames
+
+LONGEST_PATH = 100
+"""A Unix socket's path ends at 108 bytes."""
+
+
+def serve(socket: Path) -> grpc.Server:
+    """A started server on `socket`; `stop` ends it. The socket and its folder are closed to other users.
+
+    Raises ValueError for a path that is too long, PermissionError for a folder that others can write to, and
+    FileExistsError where another worker listens.
+    """
+    if len(str(socket)) > LONGEST_PATH:
+        raise ValueError(f"a socket's path must have at most {LONGEST_PATH} bytes, got {socket}: use a shorter one")
+    _prepare(socket)
+    server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS, maximum_concurrent_rpcs=8)
+    handlers = {name: grpc.stream_stream_rpc_method_handler(_handler(name)) for name in ANSWERS}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    before = os.umask(0o177)
+    try:
+        if not server.add_insecure_port(f"unix:{socket}"):
+            raise OSError(f"a worker needs the socket {socket}, got none")
+    finally:
+        os.umask(before)
+    server.start()
+    return server
+
+
+def _prepare(socket: Path) -> None:
+    """The folder, made for this user alone where there is none, without a socket that nobody listens on."""
+    folder = socket.parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"the folder of {socket} must be this user's and closed to others' writing, got mode "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}: chmod 700 {folder}"
+        )
+    if not socket.exists():
+        return
+    with grpc.insecure_channel(f"unix:{socket}") as channel, suppress(grpc.FutureTimeoutError):
+        grpc.channel_ready_future(channel).result(timeout=1)
+        raise FileExistsError(f"another worker listens on {socket}: stop it, or give this one another socket")
+    socket.unlink()
+
+
+def _handler(name: str) -> Any:
+    def handle(frames: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            content = from_frames(part(frames))
+            state = from_frames(part(frames))
+            reply = _answer(name, content, state)
+        except Exception as error:  # whatever a request runs into is its answer, and the worker goes on
+            log(40, "%s failed: %s", name, "".join(traceback.format_exception(error)))
+            call.abort(grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}")
+        for records in (reply, state):
+            yield from to_frames(records)
+            yield b""
+
+    return handle
+
+
+def _answer(name: str, content: RecordDict, state: RecordDict) -> RecordDict:
+    config = json.loads(str(state.config_records[NODE]["config"]))
+    del state[NODE]
+    reply = ANSWERS[name](content, Node(config, state))
+    log(20, "%s answered for %s", name, config.get("name", "the node"))
+    return reply
