@@ -85,6 +85,7 @@ class RunConfig(Section):
     clients_per_round: int | None = Field(None, ge=1, description="their number, instead of a fraction")
     seed: int = Field(0, description="every random draw depends on it")
     out: str = Field("runs/latest", description="the run's folder")
+    resume: bool = Field(False, description="a deployed run goes on with the run in run.out if one is there")
     evaluate: Literal["ends", "each", "never"] = Field(
         "ends", description="before round one and after the last, or each"
     )

@@ -51,12 +51,11 @@ def write_keys(out: Path, nodes: Sequence[str], hosts: Sequence[str], address: s
     if not (server := out / "server").exists():
         _write_tls(server, "server", (*hosts, *LOCAL), key, certificate)
         _write_private(server / "runtime.secret", secrets.token_hex(32).encode())
-        _write(server / "ca.crt", _pem(certificate))
         made.append(server)
     if not (operator := out / "operator").exists():
         operator.mkdir(mode=0o700)
         _write(operator / "ca.crt", _pem(certificate))
-        _write(operator / "config.toml", CONNECTION.format(address=address, ca="ca.crt").encode())
+        _write(operator / "config.toml", CONNECTION.format(address=address, ca=operator.resolve() / "ca.crt").encode())
         made.append(operator)
     for folder in targets:
         _write_node(folder, certificate)

@@ -6,7 +6,7 @@ own, so no process group holds them all), the simulation, and Ray's daemons and 
 subreaper: whatever loses its parent becomes its child, so killing its descendants until none is left ends them all. The
 kernel tells it (PR_SET_PDEATHSIG) when the caller dies, by SIGKILL too.
 
-Two programs in one file, hence its length: the second may import nothing but the standard library.
+Two programs in one file, hence its length: the second imports nothing but the standard library and what keeps to it.
 """
 
 import ctypes
@@ -24,11 +24,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-Scalar = str | int | float | bool
+from corolla.server.control import Scalar, command, follow_run, stage_app, start_run
 
 _CHILD_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -40,7 +40,7 @@ _CHILD_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # a log line comes when it is printed
 }
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
-_START_SECONDS, _COMMAND_SECONDS, _STATUS_SECONDS, _KILL_SECONDS = 120.0, 120.0, 30.0, 30.0
+_START_SECONDS, _KILL_SECONDS = 120.0, 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What an actor's own code raises comes as RayTaskError and is answered as an error reply; the rest is Ray's.
 _RAY_FAILURE = re.compile(r"ray\.exceptions\.(?!RayTaskError)\w+")
@@ -131,14 +131,9 @@ def _check_machine() -> None:
     if sys.platform != "linux":
         raise EngineError(f"Linux was needed to own Ray's processes, got {sys.platform}; use the in-process engine")
     commands = ("flower-superlink", "flower-superexec", "flwr-simulation", "flwr", "ray")
-    missing = [name for name in commands if not _command(name).exists()]
+    missing = [name for name in commands if not command(name).exists()]
     if missing:
-        raise EngineError(f"{', '.join(missing)} in {_command('')} was needed, got none; install corolla[ray]")
-
-
-def _command(name: str) -> Path:
-    """The path of a command installed beside this interpreter."""
-    return Path(sys.executable).parent / name
+        raise EngineError(f"{', '.join(missing)} in {command('')} was needed, got none; install corolla[ray]")
 
 
 def _short_folder() -> str:
@@ -165,33 +160,16 @@ def _sizing(fleet: Fleet) -> str:
 def _child_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """The caller's environment, our settings over it, `environment` over both; Flower's and Ray's homes in `folder`."""
     merged = {**os.environ, **_CHILD_ENVIRONMENT, "RAY_TMPDIR": str(folder), **environment, "FLWR_HOME": str(folder)}
-    merged["PATH"] = os.pathsep.join([str(_command("")), merged.get("PATH", os.defpath)])
+    merged["PATH"] = os.pathsep.join([str(command("")), merged.get("PATH", os.defpath)])
     for name in ("no_proxy", "NO_PROXY"):  # a proxy must not stand between the SuperLink and its clients
         merged[name] = ",".join(part for part in (merged.get(name), "127.0.0.1", "localhost") if part)
     return merged
 
 
 def _stage(folder: Path, port: int, components: Mapping[str, str], run_config: Mapping[str, Scalar]) -> None:
-    """Nothing; writes the connection and an app without code or dependencies that names the components."""
+    """Nothing; writes the connection and the app."""
     (folder / "config.toml").write_text(f'[superlink.corolla]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
-    app = ["[project]", 'name = "corolla-run"', 'version = "1"', 'license = "Apache-2.0"', "dependencies = []"]
-    app += ["[tool.flwr.app]", 'publisher = "corolla"', "[tool.flwr.app.components]"]
-    app += [f"{name} = {_toml(value)}" for name, value in components.items()]
-    app += ["[tool.flwr.app.config]"]
-    app += [f"{_toml(key)} = {_toml(value)}" for key, value in run_config.items()]
-    (folder / "app").mkdir()
-    (folder / "app" / "pyproject.toml").write_text("\n".join(app) + "\n", encoding="utf-8")
-
-
-def _toml(value: Scalar) -> str:
-    """The value in TOML. Raises ValueError if it is not a scalar."""
-    if isinstance(value, str):  # TOML's basic string is JSON's, but that DEL must be escaped
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if type(value) in (int, float):
-        return repr(value)
-    raise ValueError(f"a string, int, float or bool was needed in the run config, got {value!r} ({type(value)})")
+    stage_app(folder, components, run_config)
 
 
 def _read_outcome(folder: Path, code: int) -> dict[str, str]:
@@ -229,23 +207,16 @@ def _drive(folder: Path, port: int, sizing: str) -> dict[str, str]:
     arguments = ["--insecure", "--simulation", "--isolation", "subprocess", "--disable-runtime-dependency-installation"]
     with (folder / "superlink.log").open("w") as log:
         superlink = subprocess.Popen(
-            [_command("flower-superlink"), *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            [command("flower-superlink"), *arguments, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log, stderr=subprocess.STDOUT, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )  # fmt: skip
     try:
         _await_port(superlink, port)
-        run_id = str(_ask("run", str(folder / "app"), "corolla", "--federation-config", sizing)["run-id"])
-        stream = subprocess.Popen([_command("flwr"), "log", run_id, "corolla"])  # into the caller's pipe
-        while superlink.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                stream.wait(_STATUS_SECONDS)  # the stream ends when the run does
-            run = _ask("list", "corolla", "--run-id", run_id)["runs"][0]
-            if run["status"].startswith("finished"):
-                return {"status": run["status"], "details": run["status-details"]}
-            time.sleep(5)  # only if the stream broke off before the run ended
+        run_id = start_run(folder / "app", "corolla", "--federation-config", sizing)
+        status, details = follow_run(run_id, "corolla", partial(print, flush=True), lambda: superlink.poll() is None)
+        return {"status": status, "details": details}
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return {"status": "failed", "details": str(error)}
-    return {"status": "failed", "details": f"the SuperLink ended with code {superlink.returncode}"}
 
 
 def _await_port(superlink: "subprocess.Popen[bytes]", port: int) -> None:
@@ -257,19 +228,6 @@ def _await_port(superlink: "subprocess.Popen[bytes]", port: int) -> None:
                 return
         time.sleep(0.1)
     raise RuntimeError(f"a SuperLink on port {port} was needed in {_START_SECONDS} s, got code {superlink.poll()}")
-
-
-def _ask(*arguments: str) -> dict[str, Any]:
-    """The JSON answer of `flwr`. Raises RuntimeError if it is none or tells of a failure."""
-    command = [str(_command("flwr")), *arguments, "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        answer = {}
-    if not answer.get("success"):
-        raise RuntimeError(f"an answer of `flwr {arguments[0]}` was needed, got {done.stdout}{done.stderr}")
-    return answer
 
 
 def _prctl(option: int, value: int) -> None:

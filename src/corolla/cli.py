@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from corolla import __version__, data, laboratory
+from corolla import __version__, data, deploy, laboratory
 from corolla.evaluate import evaluate
 from corolla.plan import plan
 from corolla.terminal import RunPath, Settings, Verbose, console, exit_codes, quiet
@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 for command in (plan, evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
+for command in (deploy.keys, deploy.run, deploy.status, deploy.stop, deploy.worker):
+    app.command(rich_help_panel="Deployment")(command)
+app.add_typer(deploy.nodes_app, name="nodes", rich_help_panel="Deployment")
 app.add_typer(data.app, name="data")
 
 
@@ -110,10 +113,10 @@ def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
         def on_step(kind: str) -> None:
             bar.update(task, advance=1, description=doing.get(kind, kind))
 
-        yield on_step, lambda line: console.print(_describe(line), soft_wrap=True, highlight=False)
+        yield on_step, lambda line: console.print(describe(line), soft_wrap=True, highlight=False)
 
 
-def _describe(line: Any) -> str:
+def describe(line: Any) -> str:
     if line["kind"] == "evaluation":
         from corolla.server.scores import describe, score_of
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.simulations.superlink import EngineError, Fleet, _toml, run_on_superlink
+from corolla.server.control import _toml
+from corolla.simulations.superlink import EngineError, Fleet, run_on_superlink
 
 # Two nodes; what they do depends on `task`. A client answers (partition + 1) · factor + TOY_TERM.
 TOY = """

@@ -1,0 +1,171 @@
+"""The services of docker/compose.yml as processes on loopback: the very commands, with names and paths translated.
+
+A host name becomes 127.0.0.1 with a port of its own, a mounted path the folder that is mounted there. Every process
+is ended by its id; one that a service starts goes with it (they share a process group).
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from corolla.server.keys import write_keys
+
+DOCKER = Path(__file__).parents[2] / "docker"
+PORT = {"superlink": 8000, "proxy": 8443}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Federation:
+    """A federation in `folder` whose services can be started, killed and started again."""
+
+    def __init__(self, folder: Path, model: Path, data: Path, nodes: int = 3) -> None:
+        self.folder, self.model = folder, model
+        self.secrets = folder / "secrets"
+        values = {"COROLLA_SECRETS": self.secrets, "COROLLA_MODEL": model, "COROLLA_DATA": data}
+        text = (DOCKER / "compose.yml").read_text()
+        text = re.sub(r"\$\{(\w+)(?::[-?][^}]*)?\}", lambda found: str(values.get(found[1], "0")), text)
+        self.services = yaml.safe_load(text)["services"]
+        self.ports = {name: free_port() for name in self.services if name in PORT or name.startswith("node-")}
+        self.nodes = [f"node-{k}" for k in range(1, nodes + 1)]
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        write_keys(self.secrets, self.nodes, ["superlink", "proxy"], f"127.0.0.1:{self.ports['superlink']}")
+        self.environment = {
+            **os.environ, "FLWR_HOME": str(self.secrets / "operator"), "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "COROLLA_LOG": "json",
+            "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+
+    def path(self, service: str, inside: str) -> Path:
+        """Where a path inside a service's container is here."""
+        for volume in self.services[service].get("volumes", []):
+            source, target = volume.split(":")[:2]
+            if inside == target or inside.startswith(target + "/"):
+                if not source.startswith(("/", ".")):
+                    source = str(self.folder / source)
+                    Path(source).mkdir(exist_ok=True, mode=0o700)
+                return Path(source.replace("./", f"{DOCKER}/", 1) + inside.removeprefix(target))
+        raise KeyError(f"{inside} must be on a volume of {service}")
+
+    def translate(self, service: str, text: str) -> str:
+        """A word of the service's command, or its configuration, for loopback."""
+        text = re.sub(
+            r"(?<![\w/.-])/(?:secrets|state|runs|run/corolla|model|data|etc/corolla)[\w./-]*",
+            lambda found: str(self.path(service, found[0])),
+            text,
+        )
+        for name, port in self.ports.items():
+            inside = PORT.get(name, 9094)
+            text = re.sub(rf"(?<![\w-]){name}:{inside}", f"127.0.0.1:{port}", text)
+            if name == service:
+                text = text.replace(f"--port={inside}", f"--port={port}").replace(
+                    f"0.0.0.0:{inside}", f"127.0.0.1:{port}"
+                )
+        return text.replace("--host=0.0.0.0", "--host=127.0.0.1")
+
+    def command(self, service: str) -> list[str]:
+        """The service's command for loopback. The operator's words are added by the caller."""
+        found = self.services[service]
+        if service == "proxy":
+            config = self.folder / "nginx.conf"
+            text = (DOCKER / "nginx.conf").read_text().replace("/tmp/nginx", f"{self.folder}/nginx")
+            config.write_text(self.translate("proxy", text))
+            return ["nginx", "-g", "daemon off;", "-c", str(config)]
+        return [self.translate(service, word) for word in found["command"]]
+
+    def start(self, *services: str, node_config: Mapping[str, str] = {}, **environment: str) -> None:  # noqa: B006
+        """Starts services; `node_config` replaces parts of a node's configuration."""
+        for service in services:
+            words = self.command(service)
+            for old, new in node_config.items():
+                words = [word.replace(old, new) for word in words]
+            own = self.services[service].get("environment", {})
+            log = (self.folder / f"{service}.log").open("ab")
+            cwd = self.folder / "runs"
+            cwd.mkdir(exist_ok=True)
+            self.running[service] = subprocess.Popen(
+                words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True,
+                env={**self.environment, **{k: v for k, v in own.items() if k == "HF_HUB_OFFLINE"}, **environment},
+            )  # fmt: skip
+
+    def kill(self, *services: str, number: int = signal.SIGKILL) -> None:
+        """Ends services, with what they started."""
+        for service in services:
+            process = self.running.pop(service)
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                pass
+            process.wait(30)
+
+    def await_port(self, service: str, seconds: float = 90) -> None:
+        """Waits until the service listens."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.ports[service])) == 0:
+                    return
+            if (code := self.running[service].poll()) is not None:
+                raise RuntimeError(f"{service} ended with {code}: {self.log(service)[-3000:]}")
+            time.sleep(0.2)
+        raise TimeoutError(f"{service} did not listen: {self.log(service)[-3000:]}")
+
+    def log(self, service: str) -> str:
+        """What a service has printed."""
+        path = self.folder / f"{service}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def corolla(self, *words: str, seconds: float = 300, check: bool = True) -> str:
+        """What the command line prints for the operator."""
+        done = subprocess.run(
+            [Path(sys.executable).with_name("corolla"), *words], env=self.environment, capture_output=True, text=True,
+            timeout=seconds, cwd=self.folder,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise RuntimeError(f"corolla {words} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout + done.stderr
+
+    def start_server(self) -> None:
+        """The SuperLink, its ServerApp's executor and the proxy, with the nodes enrolled."""
+        self.start("superlink")
+        self.await_port("superlink")
+        self.start("serverapp", "proxy")
+        self.await_port("proxy")
+        self.corolla("nodes", "--federation=prod", "add", *(str(self.secrets / "nodes" / n) for n in self.nodes))
+
+    def start_client(self, k: int, node_config: Mapping[str, str] = {}, worker: bool = True) -> None:  # noqa: B006
+        """Node number k with its app and its worker."""
+        if worker:
+            self.start(f"worker-{k}")
+        self.start(f"node-{k}", node_config=node_config)
+        self.await_port(f"node-{k}")
+        self.start(f"app-{k}")
+
+    def stop(self) -> None:
+        """Ends everything."""
+        for service in list(self.running):
+            self.kill(service)
+
+
+@contextmanager
+def federation(folder: Path, model: Path, data: Path, nodes: int = 3) -> Iterator[Federation]:
+    """A federation that is ended whatever happens."""
+    found = Federation(folder, model, data, nodes)
+    try:
+        yield found
+    finally:
+        found.stop()
