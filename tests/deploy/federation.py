@@ -62,7 +62,9 @@ class Federation:
         raise KeyError(f"{inside} must be on a volume of {service}")
 
     def translate(self, service: str, text: str) -> str:
-        """A word of the service's command, or its configuration, for loopback."""
+        """A word of the service's command, or its configuration, for loopback. A node declares its worker's paths."""
+        if text.startswith("--node-config="):
+            service = service.replace("node-", "worker-")
         text = re.sub(
             r"(?<![\w/.-])/(?:secrets|state|runs|run/corolla|model|data|etc/corolla)[\w./-]*",
             lambda found: str(self.path(service, found[0])),
