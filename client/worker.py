@@ -8,6 +8,7 @@ the request with an error, and whatever supervises it starts it again.
 import json
 import os
 import stat
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from flwr.app import RecordDict
 from flwr.common.logger import log
 
 from corolla.client.answers import ANSWERS, Node
+from corolla.client.events import emit
 from corolla.client.forward import NODE, OPTIONS, SERVICE, part
 from corolla.client.frames import from_frames, to_frames
 
@@ -86,6 +88,7 @@ def _handler(name: str) -> Any:
 def _answer(name: str, content: RecordDict, state: RecordDict) -> RecordDict:
     config = json.loads(str(state.config_records[NODE]["config"]))
     del state[NODE]
+    began = time.time()
     reply = ANSWERS[name](content, Node(config, state))
-    log(20, "%s answered for %s", name, config.get("name", "the node"))
+    emit({"kind": "answer", "what": name, "client": config.get("name"), "began": began, "ended": time.time()})
     return reply

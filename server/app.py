@@ -9,8 +9,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.client.answers import use_threads
+from corolla.client.events import emit, use_json_logs
 from corolla.server.config import Config
-from corolla.server.events import emit, use_json_logs
 from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.metrics import serve_metrics
 from corolla.server.run import prepare_folder, run_server

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corolla.client.events import read_event
 from corolla.server import control
 from corolla.server.config import Config
-from corolla.server.events import read_event
 
 APPS = {"serverapp": "corolla.server.app:app", "clientapp": "corolla.client.app:app"}
 

@@ -69,7 +69,7 @@ def run(
 
 def _show(line: str, verbose: bool) -> None:
     from corolla.cli import describe
-    from corolla.server.events import read_event
+    from corolla.client.events import read_event
 
     if event := read_event(line):
         if event.get("kind") in ("round", "evaluation"):
@@ -166,8 +166,10 @@ def worker(
     """Keep a node's base model open, and answer for its ClientApp, which Flower starts anew for every message."""
     quiet(verbose)
     with exit_codes("the node trains without a worker until it is back"):
+        from corolla.client.events import use_json_logs
         from corolla.client.worker import serve
 
+        use_json_logs()
         server = serve(socket)
         console.print(f"worker listens on {socket}", highlight=False)
         stopping = threading.Event()

@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 from corolla.server.keys import write_keys
@@ -89,7 +90,7 @@ class Federation:
             return ["nginx", "-g", "daemon off;", "-c", str(config)]
         return [self.translate(service, word) for word in found["command"]]
 
-    def start(self, *services: str, node_config: Mapping[str, str] = {}, **environment: str) -> None:  # noqa: B006
+    def start(self, *services: str, node_config: Mapping[str, str] = {}, **environment: str) -> None:
         """Starts services; `node_config` replaces parts of a node's configuration."""
         for service in services:
             words = self.command(service)
@@ -108,10 +109,8 @@ class Federation:
         """Ends services, with what they started."""
         for service in services:
             process = self.running.pop(service)
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                pass
             process.wait(30)
 
     def await_port(self, service: str, seconds: float = 90) -> None:
@@ -125,6 +124,20 @@ class Federation:
                 raise RuntimeError(f"{service} ended with {code}: {self.log(service)[-3000:]}")
             time.sleep(0.2)
         raise TimeoutError(f"{service} did not listen: {self.log(service)[-3000:]}")
+
+    def wait_for(self, what: str, found: Callable[[], object], seconds: float = 180) -> None:
+        """Waits until `found` is true. Raises TimeoutError with the services' last words."""
+        until = time.monotonic() + seconds
+        while not found():
+            if time.monotonic() > until:
+                logs = "\n".join(f"{name}: {self.log(name)[-600:]}" for name in self.running)
+                raise TimeoutError(f"{what} was needed within {seconds:g} s, got\n{logs}")
+            time.sleep(0.05)
+
+    def children(self, service: str, name: str) -> list[int]:
+        """The processes called `name` that a service has started."""
+        below = psutil.Process(self.running[service].pid).children(recursive=True)
+        return [p.pid for p in below if any(name in word for word in p.cmdline()[:2])]
 
     def log(self, service: str) -> str:
         """What a service has printed."""
@@ -149,7 +162,7 @@ class Federation:
         self.await_port("proxy")
         self.corolla("nodes", "--federation=prod", "add", *(str(self.secrets / "nodes" / n) for n in self.nodes))
 
-    def start_client(self, k: int, node_config: Mapping[str, str] = {}, worker: bool = True) -> None:  # noqa: B006
+    def start_client(self, k: int, node_config: Mapping[str, str] = {}, worker: bool = True) -> None:
         """Node number k with its app and its worker."""
         if worker:
             self.start(f"worker-{k}")

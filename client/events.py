@@ -1,4 +1,4 @@
-"""What a deployed run says of itself: one JSON object a line, with the round and the client where there is one.
+"""What a server and its clients say of themselves: one JSON object a line, with the round and the client if any.
 
 A line of metrics.jsonl goes to the ServerApp's log as it is written, so that whoever can read the log (`flwr log`)
 can follow the run from another machine; COROLLA_LOG=json makes the other lines of Flower's logger JSON too.
@@ -16,7 +16,7 @@ MARK = "corolla"
 
 
 def emit(line: Mapping[str, Any]) -> None:
-    """Prints a line of metrics.jsonl as an event."""
+    """Prints an event; `kind` is what it tells of."""
     print(json.dumps({MARK: line["kind"], **line}), flush=True)
 
 
