@@ -27,8 +27,8 @@ app = typer.Typer(
 )
 for command in (plan, evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
-for command in (deploy.keys, deploy.run, deploy.status, deploy.stop, deploy.worker):
-    app.command(rich_help_panel="Deployment")(command)
+for command_of_deployment in (deploy.keys, deploy.run, deploy.status, deploy.stop, deploy.doctor, deploy.worker):
+    app.command(rich_help_panel="Deployment")(command_of_deployment)
 app.add_typer(deploy.nodes_app, name="nodes", rich_help_panel="Deployment")
 app.add_typer(data.app, name="data")
 

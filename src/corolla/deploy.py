@@ -179,3 +179,31 @@ def worker(
             pass
         server.stop(grace=3600).wait()  # a request at work is answered first
         socket.unlink(missing_ok=True)
+
+
+def doctor(
+    server: Annotated[str | None, typer.Option(help="the server's proxy as HOST:PORT")] = None,
+    secrets: Annotated[Path | None, typer.Option(help="the node's folder of keys")] = None,
+    node_config: Annotated[
+        str,
+        typer.Option(help="what flower-supernode gets as --node-config, such as 'data=\"/data/train.jsonl\" rank=8'"),
+    ] = "",
+    base: Annotated[str | None, typer.Option("--base-hash", help="the hash of the federation's base model")] = None,
+) -> None:
+    """Examine this machine as a node: device, memory, disk, base, data, keys, server, clock. Exits with 1 if unfit."""
+    quiet(False)
+    with exit_codes():
+        from flwr.common.config import parse_config_args
+
+        from corolla.client.doctor import Patient, examine
+
+        node = parse_config_args([node_config]) if node_config else {}
+        findings = list(examine(Patient(node, secrets, server, base)))
+        for finding in findings:
+            mark = "[green]ok[/]  " if finding.fit else "[bold red]no[/]  "
+            console.print(f"{mark} {finding.what}: ", end="", highlight=False)
+            console.print(finding.found, markup=False, highlight=False, soft_wrap=True)
+            if not finding.fit:
+                console.print(f"     {finding.cure}", markup=False, highlight=False, soft_wrap=True)
+    if not all(finding.fit for finding in findings):
+        raise typer.Exit(1)
