@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from corolla import __version__
 from corolla.aggregation import (
     AdapterState,
     ClientUpdate,
@@ -85,7 +86,7 @@ def adapter_bytes(record: ArrayRecord) -> int:
 class Hello:
     """Who a node is: its name, the rank it declares, its base, its data and its modules.
 
-    `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that it trains whole (one column
+    `version` is its corolla's; `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that it trains whole (one column
     more where they have a bias).
     """
 
@@ -95,6 +96,7 @@ class Hello:
     num_examples: int
     shapes: Shapes
     heads: Shapes = field(default_factory=dict)
+    version: str = __version__
 
     def pack(self) -> RecordDict:
         """As the content of a reply to `query.hello`."""

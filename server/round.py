@@ -22,6 +22,7 @@ class OpenRound:
     def __init__(self, number: int, fleet: Fleet, slots: Slots | None = None) -> None:
         self.number, self.fleet, self.slots = number, fleet, slots
         self.clients: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
         self._orders: dict[str, Order] = {}
         self._held: dict[str, LowRankState] = {}
 
@@ -30,6 +31,12 @@ class OpenRound:
         self._orders[client] = order
         self._held[client] = self._fixed_factors(client, order, part)
         self.clients[client] = {"rank": order.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
+
+    def leave_out(self, client: str, reason: str) -> None:
+        """Notes that `client` is not asked this round."""
+        self.left_out[client] = reason
+        where = {"round": self.number, "client": client}
+        log(30, "round %d: %s is left out: %s", self.number, client, reason, extra=where)
 
     def _fixed_factors(self, client: str, order: Order, part: ClientShare) -> LowRankState:
         """L_k before training, where one of its factors is fixed and need not come back; else nothing."""
@@ -41,7 +48,7 @@ class OpenRound:
     def collect(self, replies: Iterable[Message], deadline: float) -> tuple[dict[str, Reply], dict[str, str]]:
         """The sound replies by client, sorted, and the reason for every client without one."""
         accepted: dict[str, Reply] = {}
-        quarantined: dict[str, str] = {}
+        quarantined = dict(self.left_out)
         for message in replies:
             client = message.metadata.group_id.partition(":")[2]
             if client in accepted:
@@ -60,7 +67,10 @@ class OpenRound:
                 }
             except ValueError as error:
                 quarantined[client or "unknown"] = str(error)
-                log(30, "round %d: reply of %s is quarantined: %s", self.number, client or "?", error)
+                log(
+                    30, "round %d: reply of %s is quarantined: %s", self.number, client or "?", error,
+                    extra={"round": self.number, "client": client},
+                )  # fmt: skip
         for client in self._orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {deadline:g} s"
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))

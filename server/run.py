@@ -155,6 +155,7 @@ def build_strategy(
         clients=config.clients.count,
         min_replies=run.min_replies,
         deadline=run.deadline,
+        largest_message=run.largest_message,
         budget=Budget(aggregation.max_rank),
         download=download,
         noise=judge if aggregation.noise else None,

@@ -116,6 +116,7 @@ class FederatedLoRA(Strategy):
         clients: int = 1,
         min_replies: int = 1,
         deadline: float = 3600.0,
+        largest_message: float = 2.0,
         budget: Budget = Budget(),
         download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
@@ -133,6 +134,7 @@ class FederatedLoRA(Strategy):
         self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
+        self.largest_message = largest_message
         self.fleet = Fleet(settings, base_hash, deadline)
         self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged
@@ -220,10 +222,35 @@ class FederatedLoRA(Strategy):
         messages = []
         for client in chosen:
             part = share(reduced, rule, ranks[client], shapes[client])
+            if reason := self._too_large(client, part, rule):
+                self._round.leave_out(client, reason)
+                continue
             order = self._order(round_number, ranks[client], rule, version, part)
             self._round.ask(client, order, part)
             messages.append(self._message(Assignment(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
+
+    def _too_large(self, client: str, part: ClientShare, rule: ClientRule) -> str | None:
+        """Why a client cannot be sent its share, or send its reply: messages have a largest size; None where it can."""
+        hello = self.fleet.clients[client]
+        rank = self._ranks()[client]
+        up = sum(4 * out * inner for out, inner in hello.heads.values())
+        for out, inner in hello.shapes.values():
+            up += 4 * (
+                out * inner
+                if "W" in rule.trains
+                else rank * (out * ("B" in rule.trains) + inner * ("A" in rule.trains))
+            )
+        for way, size, cure in (
+            ("download", part.nbytes, "set aggregation.download_rank, or aggregation.download_error higher"),
+            ("reply", up, "give the client a smaller rank, or fewer target modules"),
+        ):
+            if size > self.largest_message * 2**30:
+                return (
+                    f"a message must have at most run.largest_message = {self.largest_message:g} GiB, got a {way} of "
+                    f"{size / 2**30:.2f} GiB: {cure}"
+                )
+        return None
 
     def _order(self, round_number: int, rank: int, rule: ClientRule, version: str, part: ClientShare) -> Order:
         return Order(

@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from corolla import __version__
 from corolla.aggregation import Delta, DenseDelta, Shapes
 from corolla.client.protocol import WHOLE, Hello, Order, Reply
 
@@ -64,10 +65,14 @@ def _size(delta: Delta) -> float:
 
 
 def check_hello(hello: Hello, base_hash: str, shapes: Shapes) -> None:
-    """Raises Rejected for a node with another base, without data, modules or a usable name, or whose modules have
+    """Raises Rejected for a node with another corolla or base, without data, modules or a usable name, or whose modules have
     other shapes than `shapes` knows."""
     if not NAME.fullmatch(hello.client_id):
         raise Rejected(f"a client's name must be letters, digits, '.', '_' or '-', got {hello.client_id!r}")
+    if hello.version != __version__:
+        raise Rejected(
+            f"corolla must be {__version__}, as on the server, got {hello.version!r}: install the same version"
+        )
     if hello.base_hash != base_hash:
         raise Rejected(f"base hash must be {base_hash}, got {hello.base_hash}: use the same checkpoint as the server")
     if hello.num_examples < 1:

@@ -234,3 +234,18 @@ def test_numbers_of_a_client_do_not_replace_those_of_the_server():
     ann = records[0][0].clients["ann"]
     assert (ann["rank"], ann["bytes_down"]) == (4, 0)
     assert ann["weight"] == pytest.approx(4 / 14)
+
+
+def test_a_message_beyond_the_largest_is_never_sent_and_says_the_cure():
+    # Replies take 4 · rank · (6 + 8 + 4 + 8) bytes: 208 and 520; downloads of round two as much together.
+    _, records = run(fake_grid({"a": 2, "b": 5}), clients=2, largest_message=500 / 2**30)
+    assert [sorted(record.clients) for record, *_ in records] == [["a"]] * 2
+    assert "a smaller rank, or fewer target modules" in records[0][0].quarantined["b"]
+    assert all(record.successful for record, *_ in records)
+
+
+def test_a_node_of_another_version_is_refused():
+    grid = fake_grid({"a": 2, "b": 5}, hello_faults={"b": lambda hello: replace(hello, version="0.0.9")})
+    _, records = run(grid, 1, clients=2)
+    assert sorted(records[0][0].clients) == ["a"]
+    assert "install the same version" in records[0][0].refused["b"]

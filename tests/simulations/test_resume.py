@@ -80,3 +80,39 @@ def test_an_interrupted_command_leaves_a_resumable_folder_and_its_exit_code(how,
     assert "--resume" in printed
     straight = simulate(tiny_config(tiny_folder, tmp_path / "straight", **SECTIONS))
     assert simulate(out=out, resume=True).model.digest() == straight.model.digest()
+
+
+AT = """
+import os, signal, sys
+from corolla import simulate
+from corolla.server import folder, strategy
+from corolla.server.config import Config
+module, name, count = {"aggregation": (strategy, "advance", 2), "checkpoint": (folder, "save_file", 3)}[sys.argv[3]]
+real, left = getattr(module, name), [count]
+
+def dying(*arguments):
+    left[0] -= 1
+    if left[0]:
+        return real(*arguments)
+    if name == "save_file":
+        arguments[1].write_bytes(b"half a checkpoint")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(module, name, dying)
+simulate(Config.model_validate_json(sys.argv[2]), out=sys.argv[1])
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("where", "done"), [("aggregation", 1), ("checkpoint", 2)])
+def test_a_server_killed_in_the_middle_of_a_step_goes_on_before_it(where, done, tiny_folder, tmp_path):
+    sections = {**SECTIONS, "run": {**SECTIONS["run"], "rounds": 3}}
+    straight = simulate(tiny_config(tiny_folder, tmp_path / "straight", **sections))
+    out = tmp_path / "killed"
+    config = tiny_config(tiny_folder, out, **sections).model_dump_json()
+    ended = subprocess.run([sys.executable, "-c", AT, str(out), config, where], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert RunFolder.open(out).rounds() == list(range(1, done + 1))
+    resumed = simulate(out=out, resume=True)
+    assert resumed.model.digest() == straight.model.digest()
+    assert what_counts(out) == what_counts(tmp_path / "straight")
