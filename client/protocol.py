@@ -86,8 +86,8 @@ def adapter_bytes(record: ArrayRecord) -> int:
 class Hello:
     """Who a node is: its name, the rank it declares, its base, its data and its modules.
 
-    `version` is its corolla's; `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that it trains whole (one column
-    more where they have a bias).
+    `version` is its corolla's; `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that
+    it trains whole (one column more where they have a bias).
     """
 
     client_id: str

@@ -65,8 +65,11 @@ def _size(delta: Delta) -> float:
 
 
 def check_hello(hello: Hello, base_hash: str, shapes: Shapes) -> None:
-    """Raises Rejected for a node with another corolla or base, without data, modules or a usable name, or whose modules have
-    other shapes than `shapes` knows."""
+    """Raises Rejected for a node that cannot take part.
+
+    That is one with another corolla or base, without data, modules or a usable name, or whose modules have other
+    shapes than `shapes` knows.
+    """
     if not NAME.fullmatch(hello.client_id):
         raise Rejected(f"a client's name must be letters, digits, '.', '_' or '-', got {hello.client_id!r}")
     if hello.version != __version__:
