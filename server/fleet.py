@@ -72,7 +72,7 @@ class Fleet:
                 self._refuse(f"node {node}", str(error))
         self.base_hash = self.base_hash or _most_common((hello.base_hash for _, hello in hellos), "")
         known = _common_shapes(hello for _, hello in hellos if hello.base_hash == self.base_hash) | self._shapes
-        for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id, pair[0])):
+        for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id.casefold(), pair[0])):
             try:
                 check_hello(hello, self.base_hash, known)
                 fits(hello)
