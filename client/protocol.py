@@ -8,7 +8,7 @@ type of their own, so that a stock strategy raises instead of averaging what it 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -37,6 +37,12 @@ WHOLE = "W"
 
 LARGEST = 2**24
 """No weight matrix has a longer side: what a client says it has is not taken on trust."""
+
+LARGEST_NUMBER = 1e100
+"""No loss, count or time is larger, and sums of such numbers over clients and examples stay finite."""
+
+MOST_NUMBERS, LONGEST_NAME = 10_000, 256
+"""Of the metrics of one reply: they go to metrics.jsonl, the report and the trackers by name."""
 
 
 def pack_adapter(adapter: AdapterState, names: str = "AB") -> ArrayRecord:
@@ -71,6 +77,8 @@ def unpack_adapter(record: ArrayRecord, held: LowRankState = {}) -> dict[str, De
 def _unpack_array(key: str, array: Array) -> torch.Tensor:
     if array.stype != STYPE or array.dtype != "float32":
         raise ValueError(f"{key} must be float32 of type {STYPE}, got {array.dtype} of type {array.stype}")
+    if len(array.shape) != 2 or not all(_is_whole(n) and 0 <= n <= LARGEST for n in array.shape):
+        raise ValueError(f"{key} must be a matrix with sides of at most {LARGEST}, got shape {array.shape}")
     expected = 4 * math.prod(array.shape)
     if len(array.data) != expected:
         raise ValueError(f"{key} of shape {tuple(array.shape)} must have {expected} bytes, got {len(array.data)}")
@@ -108,7 +116,7 @@ class Hello:
     def unpack(cls, content: RecordDict) -> Self:
         """Raises ValueError where the record is missing, incomplete, or says something impossible."""
         values = _record(content, "hello", cls)
-        return cls(**(values | {name: _shapes(name, json.loads(values[name])) for name in ("shapes", "heads")}))
+        return cls(**(values | {name: _shapes(name, values[name]) for name in ("shapes", "heads")}))
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Assignment:
     def unpack(cls, content: RecordDict) -> Self:
         """Raises ValueError for factors that are not what the server says it sent."""
         order = Order(**_record(content, "order", Order))
-        frozen, start = (unpack_adapter(_arrays(content, part)) for part in ("frozen", "start"))
+        frozen, start = (unpack_adapter(arrays_of(content, part)) for part in ("frozen", "start"))
         assignment = cls(order, frozen, low_rank(start))
         if share_digest(assignment.frozen, assignment.start) != order.share:
             raise ValueError(f"round {order.round}: the download must have the digest {order.share}, it was damaged")
@@ -200,10 +208,16 @@ class Reply:
     @classmethod
     def unpack(cls, content: RecordDict, held: LowRankState = {}) -> Self:  # noqa: B006  (only read)
         """The reply, its fixed factors taken from `held`. Raises ValueError for a record missing or out of shape."""
-        record, receipt = _arrays(content, "adapter"), _record(content, "receipt", cls)
-        if odd := [key for key in record if key.rpartition("/")[2] not in receipt["trains"] + WHOLE]:
-            raise ValueError(f"the adapter must hold {receipt['trains']} alone, got {odd[0]!r}")
-        return cls(**receipt, adapter=unpack_adapter(record, held), metrics=unpack_metrics(content))
+        record, receipt = arrays_of(content), cls.unpack_receipt(content)
+        named = {*receipt.trains, WHOLE}
+        if odd := [key for key in record if key.rpartition("/")[2] not in named]:
+            raise ValueError(f"the adapter must hold {receipt.trains} alone, got {odd[0]!r}")
+        return replace(receipt, adapter=unpack_adapter(record, held))
+
+    @classmethod
+    def unpack_receipt(cls, content: RecordDict) -> Self:
+        """The reply without its adapter: what can be checked before any array is read. Raises ValueError."""
+        return cls(**_record(content, "receipt", cls), adapter={}, metrics=unpack_metrics(content))
 
     def update(self) -> ClientUpdate:
         """The part that aggregation needs."""
@@ -211,26 +225,50 @@ class Reply:
 
 
 def unpack_metrics(content: RecordDict) -> dict[str, float]:
-    """The numbers of a reply, none if it has none. Raises ValueError for one that is not a finite number."""
+    """The numbers of a reply, none if it has none. Raises ValueError for one that is not a finite number, is larger
+    than LARGEST_NUMBER or has no usable name, and for more than MOST_NUMBERS."""
     record: Mapping[str, Any] = content.metric_records.get("metrics") or {}
+    if len(record) > MOST_NUMBERS:
+        raise ValueError(f"a reply may have {MOST_NUMBERS} metrics, got {len(record)}")
     for name, value in record.items():
+        if not is_name(name):
+            raise ValueError(f"a metric's name must be 1 to {LONGEST_NAME} printable characters, got {name!r}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"metric {name} must be finite, got {value}")
+        if abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"metric {name} must be at most {LARGEST_NUMBER:g}, got {value:g}")
     return {name: float(value) for name, value in record.items()}
 
 
-def _shapes(name: str, value: Any) -> dict[str, tuple[int, int]]:
+def is_name(text: str) -> bool:
+    """Whether a metric or a module may be called so: it is shown, logged and written as it is."""
+    return 0 < len(text) <= LONGEST_NAME and text.isprintable()
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a number of things: true is not 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shapes(name: str, text: str) -> dict[str, tuple[int, int]]:
     """Module -> (out, in), each from 1 to LARGEST."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"hello.{name} must be modules with (out, in), got JSON nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError(f"hello.{name} must be modules with (out, in), got {type(value).__name__}")
     for module, shape in value.items():
-        sound = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
+        if not is_name(module):
+            raise ValueError(f"a module's name must be 1 to {LONGEST_NAME} printable characters, got {module!r}")
+        sound = isinstance(shape, list) and len(shape) == 2 and all(_is_whole(n) for n in shape)
         if not sound or not all(1 <= n <= LARGEST for n in shape):
             raise ValueError(f"hello.{name}.{module} must be (out, in) from 1 to {LARGEST}, got {shape!r}")
     return {str(module): (shape[0], shape[1]) for module, shape in value.items()}
 
 
-def _arrays(content: RecordDict, name: str) -> ArrayRecord:
+def arrays_of(content: RecordDict, name: str = "adapter") -> ArrayRecord:
+    """The arrays of that name. Raises ValueError where there are none."""
     if name not in content.array_records:
         raise ValueError(f"the message must hold the arrays {name!r}, got {sorted(content.array_records)}")
     return content.array_records[name]
@@ -246,7 +284,7 @@ def _record(content: RecordDict, name: str, kind: type) -> dict[str, Any]:
         if f.name in ("adapter", "metrics"):
             continue
         wanted = f.type if f.type in (int, str, bool, float) else str
-        if f.name not in record or not isinstance(record[f.name], wanted):  # type: ignore[arg-type]
-            raise ValueError(f"{name}.{f.name} must be a {wanted.__name__}, got {record.get(f.name)!r}")  # type: ignore[union-attr]
+        if type(record.get(f.name)) is not wanted:  # and not isinstance: true would count as one example
+            raise ValueError(f"{name}.{f.name} must be a {wanted.__name__}, got {record.get(f.name)!r}")
         values[f.name] = record[f.name]
     return values

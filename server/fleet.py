@@ -10,7 +10,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from corolla.client.protocol import HELLO, Hello
-from corolla.server.validation import Rejected, check_hello
+from corolla.server.validation import Rejected, check_hello, reason_of
 
 T = TypeVar("T", bound=Any)
 
@@ -72,11 +72,11 @@ class Fleet:
                 self._refuse(f"node {node}", str(error))
         self.base_hash = self.base_hash or _most_common((hello.base_hash for _, hello in hellos), "")
         known = _common_shapes(hello for _, hello in hellos if hello.base_hash == self.base_hash) | self._shapes
-        for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id, pair[0])):
+        for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id.casefold(), pair[0])):
             try:
                 check_hello(hello, self.base_hash, known)
                 fits(hello)
-                if hello.client_id in self._nodes:
+                if hello.client_id.casefold() in {name.casefold() for name in self._nodes}:
                     raise Rejected("a client's name must be its own, got one that another node has already")
             except Rejected as error:
                 self._refuse(hello.client_id, str(error))
@@ -85,6 +85,7 @@ class Fleet:
             self._shapes |= {**hello.shapes, **hello.heads}
 
     def _refuse(self, who: str, reason: str) -> None:
+        who, reason = reason_of(who), reason_of(reason)
         log(30, "%s is refused: %s", who, reason)
         self.refused[who] = reason
 

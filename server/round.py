@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from corolla.aggregation import ClientShare, FreshRows, LowRankState, Slots, fill_adapter, only, without
-from corolla.client.protocol import Order, Reply, adapter_bytes
+from corolla.client.protocol import Order, Reply, adapter_bytes, arrays_of
 from corolla.server.fleet import Fleet
-from corolla.server.validation import Rejected, check_reply
+from corolla.server.validation import Rejected, check_arrays, check_numbers, check_receipt, reason_of
 
 
 class OpenRound:
@@ -51,7 +51,7 @@ class OpenRound:
         quarantined = dict(self.left_out)
         for message in replies:
             client = message.metadata.group_id.partition(":")[2]
-            if client in accepted:
+            if client in accepted or client in quarantined:
                 log(30, "round %d: a second reply of %s is left out: the first one counts", self.number, client)
                 self.clients[client]["left_out"] = self.clients[client].get("left_out", 0) + 1
                 continue
@@ -66,10 +66,11 @@ class OpenRound:
                     "bytes_up": adapter_bytes(message.content.array_records["adapter"]),
                 }
             except ValueError as error:
-                quarantined[client or "unknown"] = str(error)
+                who, why = reason_of(client or "unknown"), reason_of(error)
+                quarantined[who] = why
                 log(
-                    30, "round %d: reply of %s is quarantined: %s", self.number, client or "?", error,
-                    extra={"round": self.number, "client": client},
+                    30, "round %d: reply of %s is quarantined: %s", self.number, who, why,
+                    extra={"round": self.number, "client": who},
                 )  # fmt: skip
         for client in self._orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {deadline:g} s"
@@ -92,6 +93,19 @@ class OpenRound:
             raise Rejected(
                 f"the order went to node {self.fleet.node(client)}, got {message.metadata.src_node_id}'s reply"
             )
-        reply = Reply.unpack(message.content, self._held[client])
-        check_reply(reply, self.fleet.clients[client], self._orders[client])
+        try:
+            return self._read(message.content, client)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever one client's bytes do to this code, the round is the others' too
+            log(40, "the reply of %s cannot be read: a mistake of the server's", client, exc_info=True)
+            raise Rejected(f"the reply cannot be read: {type(error).__name__}: {error}") from error
+
+    def _read(self, content: RecordDict, client: str) -> Reply:
+        """The reply, checked from what costs nothing to what costs most. Raises ValueError for what is not sound."""
+        hello, order = self.fleet.clients[client], self._orders[client]
+        check_receipt(Reply.unpack_receipt(content), hello, order)
+        check_arrays(arrays_of(content), hello, order)
+        reply = Reply.unpack(content, self._held[client])
+        check_numbers(reply.adapter)
         return reply

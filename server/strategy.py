@@ -46,7 +46,7 @@ from corolla.server.fleet import Fleet
 from corolla.server.round import OpenRound
 from corolla.server.scores import average
 from corolla.server.stream import Stream
-from corolla.server.validation import Rejected
+from corolla.server.validation import Rejected, check_evaluation, reason_of
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ class FederatedLoRA(Strategy):
             try:
                 found[client] = self._evaluation_of(message, client)
             except ValueError as error:
-                failed[client or "unknown"] = str(error)
+                failed[reason_of(client or "unknown")] = reason_of(error)
         for client in sorted(self._evaluators - found.keys() - failed.keys()):
             failed[client] = f"no reply within {self.deadline:g} s"
         self._evaluators = set()
@@ -394,6 +394,5 @@ class FederatedLoRA(Strategy):
         if message.has_error():
             raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
         metrics = unpack_metrics(message.content)
-        if metrics.get("examples", 1.0) <= 0:
-            raise Rejected(f"an evaluation needs examples, got {metrics['examples']:g}")
+        check_evaluation(metrics)
         return metrics

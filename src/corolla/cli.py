@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -123,12 +124,14 @@ def describe(line: Any) -> str:
         found = [("", line["mean"]), *([("; server: ", line["server"])] if "server" in line else [])]
         return f"after round {line['round']}: " + "".join(f"{w}{describe(part, score_of([line]))}" for w, part in found)
     if not line["successful"]:
-        return f"[red]round {line['round']} failed[/]: {line['update'].get('failed') or line['quarantined']}"
+        return (
+            f"[red]round {line['round']} failed[/]: {escape(str(line['update'].get('failed') or line['quarantined']))}"
+        )
     losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
     update = line["update"]
     proof = update["certificate"]
     exact = "exact" if proof["exact"] else f"error {proof['relative_error']:.1%}"
-    bad = f", [yellow]quarantined {line['quarantined']}[/]" if line["quarantined"] else ""
+    bad = f", [yellow]quarantined {escape(str(line['quarantined']))}[/]" if line["quarantined"] else ""
     return (
         f"round {line['round']}: {len(losses)} clients, train loss {sum(losses) / max(len(losses), 1):.3f}, "
         f"update norm {update['norm']:.2f} of rank {update['merged_rank'] or update['start_rank']} "

@@ -45,7 +45,7 @@ def fake_grid(
             order.round,
             order.model,
             BASE,
-            10 * order.rank,
+            10 * ranks[name],
             4,
             moved,
             {"loss_before": 1.0, "train_loss": 2.0},

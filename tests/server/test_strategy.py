@@ -27,7 +27,7 @@ FAULTS = {
     ),
     "wrong shape": (
         lambda r: with_factor(r, "layer.v", lambda d: LowRankDelta(d.A, torch.ones(9, d.rank))),
-        r"layer\.v must have shape \(4, 8\) and rank 3, got \(9, 8\)",
+        r"layer\.v must have shape \(4, 8\) and rank 3, got A \(3, 8\), B \(9, 3\)",
     ),
     "transposed": (
         lambda r: with_factor(r, "layer.q", lambda d: LowRankDelta(d.B.T.contiguous(), d.A.T.contiguous())),
@@ -38,7 +38,7 @@ FAULTS = {
     "stale model": (lambda r: replace(r, model="old"), "model version must be"),
     "stale round": (lambda r: replace(r, round=r.round - 1), "round must be"),
     "another's name": (lambda r: replace(r, client_id="ann"), "client must be bob, got ann"),
-    "no examples": (lambda r: replace(r, num_examples=0), "num_examples must be at least 1"),
+    "no examples": (lambda r: replace(r, num_examples=0), "num_examples must be 30 as in the client's hello, got 0"),
     "NaN metric": (lambda r: replace(r, metrics={"train_loss": float("nan")}), "metric train_loss must be finite"),
     "crash": (crash, "the client failed: MemoryError: out of memory on the card"),
 }

@@ -1,6 +1,10 @@
 """Replies one by one, through push and pull of messages."""
 
+import httpx
+import pytest
 from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from corolla.server import stream
 from corolla.server.stream import Stream
@@ -8,40 +12,93 @@ from tests.server.clients import fake_grid
 
 
 class SlowGrid:
-    """A grid whose replies are there after so many looks; it counts how many replies are held at once."""
+    """A grid whose replies are there after so many looks; it counts how many replies are held at once.
 
-    def __init__(self, looks):
-        self.looks, self.asked, self.pushed = dict(looks), [], []
+    A message's id is its node's. `spoilt` are the nodes whose reply it cannot read; what the others reply is of group
+    "forged", as a client may write.
+    """
+
+    def __init__(self, looks, spoilt=()):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.looks, self.asked, self.spoilt, self.pushed = dict(looks), [], spoilt, {}
 
     def push_messages(self, messages):
-        self.pushed = [str(m) for m in messages]
-        return self.pushed
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(message.metadata.dst_node_id)
+            self.pushed[message.metadata.message_id] = message
+        return list(self.pushed)
 
     def pull_messages(self, ids):
-        ids = list(ids)
-        assert len(ids) == 1, "one reply at a time"
-        self.asked.append(ids[0])
-        self.looks[ids[0]] -= 1
-        return [f"reply to {ids[0]}"] if self.looks[ids[0]] == 0 else []
+        (message_id,) = ids
+        node = int(message_id)
+        self.asked.append(node)
+        self.looks[node] -= 1
+        if self.looks[node]:
+            return []
+        if node in self.spoilt:
+            raise self.spoilt[node]
+        reply = Message(RecordDict(), reply_to=self.pushed[message_id])
+        reply.metadata.group_id = "forged"
+        return [reply]
+
+
+def messages(*nodes):
+    return [Message(RecordDict(), node, "train", group_id=f"1:{node}") for node in nodes]
+
+
+def nodes(replies):
+    return [reply.metadata.src_node_id for reply in replies]
 
 
 def test_replies_come_as_they_are_there_and_each_once(monkeypatch):
     monkeypatch.setattr(stream, "POLL", 0.0)
-    grid = SlowGrid({"a": 3, "b": 1, "c": 2})
-    assert list(Stream(grid).send_and_receive(["a", "b", "c"])) == ["reply to b", "reply to c", "reply to a"]
-    assert grid.asked == ["a", "b", "c", "a", "c", "a"]
+    grid = SlowGrid({1: 3, 2: 1, 3: 2})
+    replies = list(Stream(grid).send_and_receive(messages(1, 2, 3)))
+    assert nodes(replies) == [2, 3, 1]
+    assert [reply.metadata.group_id for reply in replies] == ["1:2", "1:3", "1:1"]
+    assert grid.asked == [1, 2, 3, 1, 3, 1]
 
 
 def test_after_the_deadline_nobody_is_waited_for(monkeypatch):
     monkeypatch.setattr(stream, "POLL", 0.01)
-    grid = SlowGrid({"a": 1, "b": 10**9})
-    assert list(Stream(grid).send_and_receive(["a", "b"], timeout=0.05)) == ["reply to a"]
+    grid = SlowGrid({1: 1, 2: 10**9})
+    assert nodes(Stream(grid).send_and_receive(messages(1, 2), timeout=0.05)) == [1]
 
 
 def test_a_message_that_could_not_be_pushed_is_not_waited_for():
-    grid = SlowGrid({"a": 1})
-    grid.push_messages = lambda messages: ["a", None]
-    assert list(Stream(grid).send_and_receive(["a", "b"])) == ["reply to a"]
+    grid = SlowGrid({1: 1})
+    grid.push_messages, push = lambda sent: [*push(sent[:1]), None], grid.push_messages
+    assert nodes(Stream(grid).send_and_receive(messages(1, 2))) == [1]
+
+
+@pytest.mark.parametrize(
+    "error", [DecodeError("truncated"), KeyError("child"), TypeError("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x")]
+)
+def test_a_reply_that_flower_cannot_read_is_an_error_of_its_client_alone(error):
+    broken, sound = Stream(SlowGrid({1: 1, 2: 1}, {1: error})).send_and_receive(messages(1, 2))
+    assert broken.has_error()
+    assert broken.error.reason.startswith(f"its reply cannot be read: {type(error).__name__}")
+    assert (broken.metadata.src_node_id, broken.metadata.group_id) == (1, "1:1")
+    assert not sound.has_error()
+
+
+def test_an_error_of_the_network_is_nobodys_reply():
+    grid = SlowGrid({1: 1}, {1: httpx.ConnectError("the SuperLink is away")})
+    with pytest.raises(httpx.ConnectError):
+        list(Stream(grid).send_and_receive(messages(1)))
+
+
+def test_a_message_that_answers_nothing_is_nobodys_reply(monkeypatch):
+    monkeypatch.setattr(stream, "POLL", 0.01)
+    grid = SlowGrid({1: 1})
+    pull = grid.pull_messages
+
+    def and_another(ids):
+        stray = Message(RecordDict(), 1, "train", group_id="1:1")
+        return [stray, *pull(ids)]
+
+    grid.pull_messages = and_another
+    assert len(list(Stream(grid).send_and_receive(messages(1)))) == 1
 
 
 def test_in_this_process_a_client_works_when_its_reply_is_taken():
