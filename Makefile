@@ -1,12 +1,13 @@
 # make demo   the main job on a real model      make test   the tests
-# make check  what CI runs                      make bench  the benchmarks
+# make check  style, types and tests             make bench  the benchmarks
+# make test-deploy  a federation of real processes on loopback, and what may happen to it (needs nginx)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test test-deploy check lint types bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,9 @@ demo: $(VENV)/demo-model
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+test-deploy: $(VENV)/installed
+	$(BIN)/pytest -n 0 -m deploy tests/deploy
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -114,10 +114,10 @@ def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
         def on_step(kind: str) -> None:
             bar.update(task, advance=1, description=doing.get(kind, kind))
 
-        yield on_step, lambda line: console.print(describe(line), soft_wrap=True, highlight=False)
+        yield on_step, lambda line: console.print(describe_line(line), soft_wrap=True, highlight=False)
 
 
-def describe(line: Any) -> str:
+def describe_line(line: Any) -> str:
     if line["kind"] == "evaluation":
         from corolla.server.scores import describe, score_of
 

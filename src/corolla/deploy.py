@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from corolla.terminal import Settings, Verbose, console, exit_codes, quiet
@@ -68,12 +69,12 @@ def run(
 
 
 def _show(line: str, verbose: bool) -> None:
-    from corolla.cli import describe
+    from corolla.cli import describe_line
     from corolla.client.events import read_event
 
     if event := read_event(line):
         if event.get("kind") in ("round", "evaluation"):
-            console.print(describe(event), soft_wrap=True, highlight=False)
+            console.print(describe_line(event), soft_wrap=True, highlight=False)
             return
         line = str(event.get("message", line))
     elif not verbose:
@@ -90,12 +91,18 @@ def status(federation: Federation, run_id: RunId = None) -> None:
         console.print(
             f"run {found.run_id}: {found.status} {found.details}, round {found.round} of {found.rounds}",
             highlight=False,
+            markup=False,
         )
         table = Table("client", "rank", "rounds", "last round", "last loss", "last trouble", box=None)
         for name, client in sorted(found.clients.items()):
             loss = "" if client.loss is None else f"{client.loss:.3f}"
             table.add_row(
-                name, str(client.rank or ""), str(client.rounds), str(client.last or ""), loss, client.trouble
+                escape(name),
+                str(client.rank or ""),
+                str(client.rounds),
+                str(client.last or ""),
+                loss,
+                escape(client.trouble),
             )
         console.print(table)
 
@@ -121,7 +128,9 @@ def nodes(context: typer.Context, federation: Federation) -> None:
 
         table = Table("name", "node id", "status", "since", box=None)
         for node in control.list_nodes(federation):
-            table.add_row(*(str(node.get(key, "")) for key in ("name", "node-id", "status", "status-changed-at")))
+            table.add_row(
+                *(escape(str(node.get(key, ""))) for key in ("name", "node-id", "status", "status-changed-at"))
+            )
         console.print(table)
 
 

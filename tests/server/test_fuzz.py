@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from corolla.aggregation import ClientUpdate, advance, build_method, client_weights
-from corolla.cli import _describe
+from corolla.cli import describe_line
 from corolla.server import stream
 from corolla.server.strategy import FederatedLoRA
 from corolla.server.trackers import numbers_of
@@ -132,7 +132,7 @@ def judge_line(line) -> None:
     assert all(isinstance(value, float) for value in numbers_of(line).values())
     if line["kind"] == "round":
         out = io.StringIO()
-        Console(file=out).print(_describe(line), soft_wrap=True, highlight=False)
+        Console(file=out).print(describe_line(line), soft_wrap=True, highlight=False)
         assert "\x1b" not in out.getvalue()
 
 
