@@ -35,7 +35,7 @@ from corolla.aggregation.noise import NoiseOf, measure_noise
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.private import Mechanism, private_update, require_linear
 from corolla.aggregation.registry import AGGREGATORS, build_method
-from corolla.aggregation.robust import ROBUST, Chosen, Judge, build_judge, trust
+from corolla.aggregation.robust import ROBUST, Chosen, Judge, build_judge, require_majority, trust
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
 from corolla.aggregation.slots import Slots
 from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
@@ -101,6 +101,7 @@ __all__ = [
     "private_update",
     "ranks",
     "require_linear",
+    "require_majority",
     "scale",
     "scale_adapter",
     "secure_gaussian",

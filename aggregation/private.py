@@ -44,7 +44,7 @@ class Mechanism:
 
 def require_linear(method: Method) -> None:
     """Raises ValueError for a method whose round is not linear in what its clients train."""
-    if not method.by_product or any(len(method.constrain(r).trains) != 1 for r in (1, 2)):
+    if any(len(method.constrain(r).trains) != 1 for r in (1, 2)):
         raise ValueError(
             f"differential privacy needs a round that is linear in what clients train, got {method.name}: where both A "
             "and B move, noise on them enters ΔW as a product, ξ_B ξ_A, whose size and tails no accountant knows, and "
@@ -120,5 +120,6 @@ def _release(moved: Tensor, fixed: Tensor, mechanism: Mechanism, gaussian: Gauss
     kept = sigma > FLAT * sigma[:1]
     u, sigma = u[:, kept], sigma[kept]
     noise = mechanism.deviation * gaussian((moved.shape[0], len(sigma)))
-    released: Tensor = moved @ (u * sigma) / mechanism.expected + noise
-    return released @ (u / sigma).T
+    released = moved @ (u * sigma) / mechanism.expected + noise
+    step: Tensor = released @ (u / sigma).T
+    return step

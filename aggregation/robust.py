@@ -163,11 +163,14 @@ ROBUST: Mapping[str, Callable[..., Rule]] = {
 @dataclass(frozen=True)
 class Chosen:
     """What a method is given: updates, and their weights by client id, which sum to 1 where there is a start.
-    `facts` are each client's numbers for the round's record: its `weight`, and what it was judged by."""
+
+    For the round's record, by client: `counted`, the weight of its change, and `scores`, what it was judged by.
+    """
 
     updates: Sequence[ClientUpdate]
     weights: Mapping[str, float]
-    facts: Mapping[str, Mapping[str, float]]
+    counted: Mapping[str, float]
+    scores: Mapping[str, Mapping[str, float]]
 
 
 Judge = Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], Chosen]
@@ -176,7 +179,7 @@ Judge = Callable[[Sequence[ClientUpdate], Mapping[str, float], GlobalModel], Cho
 
 def trust(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> Chosen:
     """Everybody, as they are."""
-    return Chosen(updates, weights, {client: {"weight": weight} for client, weight in weights.items()})
+    return Chosen(updates, weights, weights, {})
 
 
 def parse_rules(names: str) -> list[str]:
@@ -235,12 +238,13 @@ def judge(
         parts = torch.ones_like(share).index_copy(0, left, verdict.parts)
         nan = torch.full_like(share, math.nan)
         scores |= {name: nan.index_copy(0, left, values) for name, values in verdict.scores.items()}
-    scores |= {"weight_before": before, "weight": share * parts}
-    facts = {
-        u.client_id: {name: float(v[k]) for name, v in scores.items() if not v[k].isnan()}
-        for k, u in enumerate(ordered)
+    scores["weight_before"] = before
+    counted = dict(zip(geometry.clients, (share * parts).tolist(), strict=True))
+    named = {
+        client: {name: float(values[k]) for name, values in scores.items() if not values[k].isnan()}
+        for k, client in enumerate(geometry.clients)
     }
-    return Chosen(*_split(ordered, share.tolist(), parts.tolist(), model), facts)
+    return Chosen(*_split(ordered, share.tolist(), parts.tolist(), model), counted, named)
 
 
 def _split(

@@ -43,7 +43,7 @@ def judged(names, updates, model=None, method=FLORA, weights=None, **options):
 
 
 def weight_of(chosen):
-    return {client: facts["weight"] for client, facts in chosen.facts.items()}
+    return dict(chosen.counted)
 
 
 def honest(count: int, seed: int = 0, spread: float = 0.3, rank: int = 3) -> list[ClientUpdate]:
@@ -411,9 +411,11 @@ def test_krum_needs_a_majority():
 
 
 def test_the_record_has_every_score():
-    facts = judged("multi-krum+clip", poisoned("×100"), byzantine=1, clip_norm=1.0).facts
-    assert facts["c0"].keys() == {"norm", "cosine", "krum", "clip_norm", "weight_before", "weight"}
-    assert facts["c6"]["weight"] == 0
-    assert "clip_norm" not in facts["c6"]  # it was gone by then
-    assert facts["c6"]["norm"] == pytest.approx(100 * facts["c0"]["norm"], rel=0.5)
-    assert facts["c6"]["krum"] > 100 * facts["c0"]["krum"]
+    chosen = judged("multi-krum+clip", poisoned("×100"), byzantine=1, clip_norm=1.0)
+    scores = chosen.scores
+    assert scores["c0"].keys() == {"norm", "cosine", "krum", "clip_norm", "weight_before"}
+    assert chosen.counted["c6"] == 0
+    assert "clip_norm" not in scores["c6"]  # it was gone by then
+    assert scores["c6"]["norm"] == pytest.approx(100 * scores["c0"]["norm"], rel=0.5)
+    assert scores["c6"]["krum"] > 100 * scores["c0"]["krum"]
+    assert judged("none", honest(2)).scores == {}
