@@ -109,7 +109,7 @@ class PrivacyConfig(Section):
     """Differential privacy of the global model, client by client; off without a noise multiplier."""
 
     noise_multiplier: float | None = Field(
-        None, ge=0.3, description="deviation of the noise over clip_norm; unset: off (one round at 0.3 spends ε = 18)"
+        None, ge=0.3, description="deviation of the noise over clip_norm; unset: off (one round at 0.3 spends ε = 19)"
     )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's change in a round")
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of (ε, δ); below one over the number of clients")

@@ -2,11 +2,20 @@
 
 import builtins
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from corolla.aggregation import GlobalModel, LowRankDelta, adapter_norm, build_judge, build_method, whole
+from corolla.aggregation import (
+    GlobalModel,
+    LowRankDelta,
+    adapter_norm,
+    build_judge,
+    build_method,
+    measure_noise,
+    whole,
+)
 from corolla.server.privacy import Privacy, spent
 from tests.aggregation.federations import dense, difference
 from tests.server.clients import SHAPES, fake_grid, with_factor
@@ -169,3 +178,14 @@ def test_too_few_clients_for_krum_fail_the_round_and_leave_the_model():
     assert not record.successful
     assert "needs 2f + 3 = 5 clients in a round, got 4" in record.update["failed"]
     assert model.digest() == GlobalModel(base_hash="the-base").digest()
+
+
+def test_noise_is_measured_with_the_chosen_weights():
+    noise = partial(measure_noise, method=build_method("flora"))
+    grid = fake_grid(HONEST, {"eve": poison})
+    _, records = run(grid, rounds=1, clients=6, judge=flora_judge(byzantine=1), noise=noise)
+    found = records[0][0].noise
+    assert found["share"].keys() == HONEST.keys() - {"eve"}
+    assert sum(found["share"].values()) == pytest.approx(1)
+    assert found["norm"] == pytest.approx(records[0][0].update["norm"], rel=1e-5)
+    assert found["methods"]["flora"]["relative_error"] < 1e-6
