@@ -27,12 +27,15 @@ from corolla.aggregation.delta import (
     low_rank,
 )
 from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.gaussian import secure_gaussian
 from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
 from corolla.aggregation.methods.flora import stack
 from corolla.aggregation.noise import NoiseOf, measure_noise
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
+from corolla.aggregation.private import Mechanism, private_update, require_linear
 from corolla.aggregation.registry import AGGREGATORS, build_method
+from corolla.aggregation.robust import ROBUST, Chosen, Judge, build_judge, require_majority, trust
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
 from corolla.aggregation.slots import Slots
 from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
@@ -50,10 +53,12 @@ from corolla.aggregation.whole_modules import aggregate_round, only, without
 __all__ = [
     "AGGREGATORS",
     "OPTIMIZERS",
+    "ROBUST",
     "WEIGHTS",
     "AdapterState",
     "Budget",
     "Certificate",
+    "Chosen",
     "ClientRule",
     "ClientShare",
     "ClientUpdate",
@@ -62,8 +67,10 @@ __all__ = [
     "FreshRows",
     "GlobalModel",
     "GlobalUpdate",
+    "Judge",
     "LowRankDelta",
     "LowRankState",
+    "Mechanism",
     "Method",
     "NoiseOf",
     "Principal",
@@ -74,6 +81,7 @@ __all__ = [
     "add_adapters",
     "advance",
     "aggregate_round",
+    "build_judge",
     "build_method",
     "certify",
     "client_weights",
@@ -90,12 +98,17 @@ __all__ = [
     "no_principal",
     "norm",
     "only",
+    "private_update",
     "ranks",
+    "require_linear",
+    "require_majority",
     "scale",
     "scale_adapter",
+    "secure_gaussian",
     "share",
     "singular_values",
     "stack",
+    "trust",
     "whole",
     "with_optimizer",
     "without",

@@ -37,6 +37,14 @@ class Rule(Protocol):
         """(one, other) -> ‖one − other‖_F in float64."""
 
     @property
+    def inner(self) -> Any:
+        """(one, other) -> ⟨one, other⟩_F in float64."""
+
+    @property
+    def orthonormal(self) -> Any:
+        """delta -> the same in float64, in a form where no component cancels another."""
+
+    @property
     def singular_values(self) -> Any:
         """delta -> the singular values of ΔW, largest first."""
 
@@ -70,6 +78,16 @@ def _one_kind(deltas: Sequence[Delta]) -> type:
 def norm(delta: Delta) -> float:
     """‖ΔW‖_F in float64."""
     return float(RULES[type(delta)].norm(delta))
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """⟨one, other⟩_F in float64. Raises ValueError for kinds that do not mix."""
+    return float(RULES[_one_kind([one, other])].inner(one, other))
+
+
+def orthonormal(delta: D) -> D:
+    """The same ΔW in float64, in a form where no component cancels another, as `inner` wants it."""
+    return RULES[type(delta)].orthonormal(delta)  # type: ignore[no-any-return]
 
 
 def singular_values(delta: Delta) -> Tensor:

@@ -33,6 +33,16 @@ def norm(delta: DenseDelta) -> float:
     return float(torch.linalg.matrix_norm(delta.W.double()))
 
 
+def inner(one: DenseDelta, other: DenseDelta) -> float:
+    """Σ W ∘ W' in float64."""
+    return float((one.W.double() * other.W.double()).sum())
+
+
+def orthonormal(delta: DenseDelta) -> DenseDelta:
+    """W in float64: it has no components that could cancel."""
+    return delta.double()
+
+
 gram_norm = norm
 """There is nothing to save."""
 

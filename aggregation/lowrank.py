@@ -96,6 +96,20 @@ def distance(one: LowRankDelta, other: LowRankDelta) -> float:
     return norm(add([one.double(), scale(other.double(), -1.0)]))
 
 
+def inner(one: LowRankDelta, other: LowRankDelta) -> float:
+    """⟨ΔW, ΔW'⟩_F = Σ (BᵀB' ∘ A A'ᵀ) in float64, right to 1e-16 of both sizes where both have orthonormal rows."""
+    return float(((one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)).sum())
+
+
+def orthonormal(delta: LowRankDelta) -> LowRankDelta:
+    """The same ΔW in float64 with orthonormal rows of A (min(rank, in) of them): no component cancels another."""
+    if delta.rank == 0:
+        return delta.double()
+    q, r = triangular(delta.A.T)
+    eye = torch.eye(r.shape[0], dtype=torch.float64)
+    return LowRankDelta(q.times(eye).T, delta.B.double() @ r.T)
+
+
 def gram_norm(delta: LowRankDelta) -> float:
     """‖B A‖_F = √Σ (BᵀB ∘ A Aᵀ) in float64: some ten times faster than `norm`, but where components cancel it sees
     nothing below 1e-8 of what they are by themselves."""

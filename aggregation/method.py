@@ -21,7 +21,9 @@ class Method:
     (empty: it changes the server alone); `linear` are the factors in which the global model is linear and whose
     coordinates last over rounds. Where `lasting` is true, a component keeps its position and its meaning from round to
     round, so that what a client's optimizer remembers of it does too. `merges` says whether rounds add to the merged
-    part, which clients then download.
+    part, which clients then download. Where `by_product` is true, replies count through their products B_k A_k alone,
+    so that who judges those judges all: a method that averages factors can be moved by (c B, A / c), whose ΔW is
+    like any other.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     linear: frozenset[str] = frozenset()
     lasting: bool = False
     merges: bool = False
+    by_product: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""

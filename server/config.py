@@ -8,10 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from corolla.adapters import read_peft_folder
-from corolla.aggregation import AGGREGATORS, OPTIMIZERS, WEIGHTS, Method, build_method, with_optimizer
+from corolla.aggregation import (
+    AGGREGATORS,
+    OPTIMIZERS,
+    ROBUST,
+    WEIGHTS,
+    Judge,
+    Method,
+    build_judge,
+    build_method,
+    require_linear,
+    require_majority,
+    with_optimizer,
+)
 from corolla.aggregation import ranks as rank_of
 from corolla.client.config import (
     AUTO,
@@ -25,6 +37,7 @@ from corolla.client.config import (
     TrainConfig,
     head_of,
 )
+from corolla.server.privacy import Privacy
 from corolla.server.trackers import TRACKERS, parse_names
 
 
@@ -44,6 +57,15 @@ class AggregationConfig(Section):
     energy: float | None = Field(None, gt=0, le=1, description="florist: part of the energy that is kept (0.99)")
     keep: float | None = Field(None, gt=0, le=1, description="hetlora: part of a rank that pruning leaves (0.99)")
     penalty: float | None = Field(None, ge=0, description="hetlora: on last components (1e-3); lora-fair: ridge (0.01)")
+    robust: str = Field("none", description=f"none, or of {', '.join(sorted(ROBUST))} joined by +: cosine+clip")
+    byzantine: int | None = Field(None, ge=0, description="krum, multi-krum: clients of a round that may be bad")
+    clip_norm: PositiveFloat | Literal["median"] | None = Field(
+        None, description="clip: largest norm of a client's change (median: the clients' own)"
+    )
+    cosine_threshold: float | None = Field(
+        None, ge=-1, le=1, description="cosine: smallest median cosine of a client's change to the others' (0)"
+    )
+    weiszfeld_steps: int | None = Field(None, ge=1, description="geometric-median: most steps to it (100)")
     server_optimizer: str = Field("none", description=f"none, or one of {', '.join(sorted(OPTIMIZERS))}")
     server_learning_rate: float | None = Field(None, gt=0, description="the server optimizer's step (1; fedadam 0.01)")
     server_momentum: float | None = Field(None, ge=0, lt=1, description="its first moment's decay (0.9)")
@@ -75,6 +97,34 @@ class AggregationConfig(Section):
             if name.startswith("server_") and name != "server_optimizer" and value is not None
         }
         return with_optimizer(build_method(self.method, **options), self.server_optimizer, **steps)
+
+    def judge(self) -> Judge:
+        """Who chooses what the method is given. Raises ValueError for what does not go together."""
+        names = ("byzantine", "clip_norm", "cosine_threshold", "weiszfeld_steps")
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return build_judge(self.robust, self.build(), **options)
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of the global model, client by client; off without a noise multiplier."""
+
+    noise_multiplier: float | None = Field(
+        None, ge=0.3, description="deviation of the noise over clip_norm; unset: off (one round at 0.3 spends ε = 19)"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's change in a round")
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ of (ε, δ); below one over the number of clients")
+    epsilon: float | None = Field(None, gt=0, description="most that all rounds together may spend; unset: any")
+
+    @model_validator(mode="after")
+    def _noise_and_clip(self) -> Self:
+        if self.noise_multiplier is None and (self.clip_norm or self.epsilon):
+            raise ValueError(
+                "privacy.clip_norm and privacy.epsilon need privacy.noise_multiplier, got none: without noise there is "
+                "no privacy; to clip alone, set aggregation.robust = 'clip'"
+            )
+        if self.noise_multiplier is not None and self.clip_norm is None:
+            raise ValueError("privacy.noise_multiplier needs privacy.clip_norm, got none: noise is measured against it")
+        return self
 
 
 class RunConfig(Section):
@@ -115,6 +165,10 @@ class RunConfig(Section):
         return tuple(_one_of(name, TRACKERS) for name in dict.fromkeys(value))
 
 
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value)
+
+
 def _one_of(value: str, registry: Mapping[str, Any]) -> str:
     if value not in registry:
         raise ValueError(f"must be one of {', '.join(sorted(registry))}")
@@ -130,6 +184,7 @@ class Config(Section):
     clients: ClientsConfig = ClientsConfig()
     train: TrainConfig = TrainConfig(local_steps=8)
     aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -187,7 +242,63 @@ class Config(Section):
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
         head_of(self.train, self.data)
         method.require(self.clients.by_name(), {})
+        self._robust_fits()
+        if self.privacy.noise_multiplier:
+            self._private_fits(method)
         return self
+
+    def _robust_fits(self) -> None:
+        """Raises ValueError where the robust rules cannot judge this run's rounds."""
+        aggregation = self.aggregation
+        aggregation.judge()
+        if aggregation.noise and "clip" in aggregation.robust:
+            raise ValueError(
+                f"aggregation.noise measures methods on replies as they came, got aggregation.robust = "
+                f"{aggregation.robust!r}, which counts parts of them: leave one out"
+            )
+        participants = self.run.participants(self.clients.count)
+        if aggregation.byzantine is not None:
+            require_majority(aggregation.byzantine, participants)
+
+    def _private_fits(self, method: Method) -> None:
+        """Raises ValueError where the run would release what the noise does not cover, or more than its ε."""
+        require_linear(method)
+        for key, value, wanted, why in (
+            (
+                "aggregation.weights",
+                self.aggregation.weights,
+                "uniform",
+                "the sum must not depend on what one declares",
+            ),
+            ("aggregation.robust", self.aggregation.robust, "none", "a choice by replies is no bounded change"),
+            ("aggregation.noise", self.aggregation.noise, False, "it writes down what single replies look like"),
+            ("run.keep_replies", self.run.keep_replies, False, "it keeps what the noise is to hide"),
+            ("run.clients_per_round", self.run.clients_per_round, None, "the accountant assumes Poisson sampling"),
+            ("run.min_replies", self.run.min_replies, 1, "a round's success would tell how many came"),
+        ):
+            if value != wanted:
+                raise ValueError(f"privacy needs {key} = {_shown(wanted)}, got {_shown(value)}: {why}")
+        if self.privacy.delta >= 1 / self.clients.count:
+            raise ValueError(
+                f"privacy.delta must be below 1 / clients.count = {1 / self.clients.count:.3g}, got "
+                f"{self.privacy.delta:g}: a larger one allows to publish a client whole"
+            )
+        try:
+            spent = self.private().epsilon(self.run.rounds)  # type: ignore[union-attr]
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        if self.privacy.epsilon is not None and spent > self.privacy.epsilon:
+            raise ValueError(
+                f"privacy.epsilon = {self.privacy.epsilon:g} must cover all rounds, got {spent:.3f} for run.rounds = "
+                f"{self.run.rounds}: raise privacy.noise_multiplier, or lower run.rounds or run.fraction"
+            )
+
+    def private(self) -> Privacy | None:
+        """The run's differential privacy, None where it has none."""
+        noise, clip_norm = self.privacy.noise_multiplier, self.privacy.clip_norm
+        if noise is None or clip_norm is None:
+            return None
+        return Privacy(noise, clip_norm, self.clients.count, self.run.fraction, self.privacy.delta)
 
     def settings(self) -> ClientSettings:
         """What clients are told."""

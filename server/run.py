@@ -111,7 +111,8 @@ def _require_resumable(before: Config, now: Config) -> None:
     """Raises ConfigError where a setting changed that the rounds done so far depend on."""
     old, new = before.flat(), now.flat()
     for key in new:
-        if new[key] != old[key] and (not key.startswith("run.") or key == "run.seed"):
+        kept = {"run.seed", *(("run.fraction",) if before.private() else ())}  # the rounds done spent ε by that
+        if new[key] != old[key] and (not key.startswith("run.") or key in kept):
             raise ConfigError(
                 f"a resumed run keeps its {key} = {old[key]!r}, got {new[key]!r}: start a new run for that"
             )
@@ -159,6 +160,8 @@ def build_strategy(
         budget=Budget(aggregation.max_rank),
         download=download,
         noise=judge if aggregation.noise else None,
+        judge=aggregation.judge(),
+        privacy=config.private(),
         evaluate=run.evaluate,
         base_hash=_base_hash(config),
         principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),

@@ -18,13 +18,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from corolla.aggregation import (
     AdapterState,
     Budget,
+    Chosen,
     ClientRule,
     ClientShare,
     ClientUpdate,
+    FreshRows,
     GlobalModel,
+    Judge,
     Method,
     NoiseOf,
     Principal,
+    Shapes,
     Slots,
     adapter_norm,
     add_adapters,
@@ -35,14 +39,17 @@ from corolla.aggregation import (
     cut,
     no_principal,
     ranks,
+    require_linear,
     scale_adapter,
     share,
+    trust,
     whole,
     without,
 )
 from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
+from corolla.server.privacy import Privacy
 from corolla.server.round import OpenRound
 from corolla.server.scores import average
 from corolla.server.stream import Stream
@@ -99,7 +106,10 @@ class FederatedLoRA(Strategy):
 
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
-    `min_replies` sound ones leave the model as it is. `on_round` is called after each round with the record, the
+    `min_replies` sound ones leave the model as it is. `judge` chooses what the method is given of the sound ones.
+    With `privacy`, that draws the clients instead of `sampling`, `weights`, `judge` and `min_replies` do not count,
+    and every round releases its noised mean, whoever came; it needs a method that is linear in what a round trains
+    (ValueError otherwise). `on_round` is called after each round with the record, the
     new model, and the accepted adapters, before the next round begins; `on_evaluation` after each evaluation with
     the clients' numbers, and the reason for every client that has none.
     """
@@ -123,6 +133,8 @@ class FederatedLoRA(Strategy):
         base_hash: str = "",
         principal: Principal = no_principal,
         noise: NoiseOf | None = None,
+        judge: Judge = trust,
+        privacy: Privacy | None = None,
         model: GlobalModel | None = None,
         merged: AdapterState | None = None,
         rounds_done: int = 0,
@@ -131,7 +143,10 @@ class FederatedLoRA(Strategy):
         on_evaluation: OnEvaluation = lambda round_number, clients, failed: None,
     ) -> None:
         self.method = build_method(method) if isinstance(method, str) else method
-        self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, sampling
+        if privacy:
+            require_linear(self.method)
+        self.judge, self.privacy = judge, privacy
+        self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, privacy or sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
         self.largest_message = largest_message
@@ -286,7 +301,7 @@ class FederatedLoRA(Strategy):
         updates = [reply.update() for reply in accepted.values()]
         facts: dict[str, Any] = {"download_error": self._cut_error}
         noise: Mapping[str, Any] = {}
-        successful = len(updates) >= self.min_replies
+        successful = bool(self.privacy) or len(updates) >= self.min_replies
         if not successful:
             log(
                 30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies
@@ -297,6 +312,8 @@ class FederatedLoRA(Strategy):
             except ArithmeticError as error:
                 successful, facts["failed"] = False, str(error)
                 log(30, "round %d failed, and the model stays as it was: %s", self.rounds_done, error)
+        if self.privacy:
+            facts["privacy"] = self.privacy.facts(self.rounds_done)
         record = RoundRecord(
             self.rounds_done,
             successful,
@@ -316,39 +333,55 @@ class FederatedLoRA(Strategy):
     def _take_in(self, updates: list[ClientUpdate], facts: dict[str, Any]) -> Mapping[str, Any]:
         """Makes the round's outcome the model, puts its facts into `facts`, and returns its noise.
 
-        Raises ArithmeticError where the weights sum to nothing or the outcome is not finite.
+        Raises ArithmeticError where the weights sum to nothing, the judge finds no client that it can trust, or the
+        outcome is not finite.
         """
         before = self._model()
         try:
-            weights = client_weights(updates, self.weights)
-            outcome = aggregate_round(self.method, updates, weights, before, self._heads())
+            chosen = self._choose(updates, before)
+            outcome = aggregate_round(self.method, chosen.updates, chosen.weights, before, self._heads())
             after, proof = advance(before, outcome, self.budget)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ArithmeticError(str(error)) from error
         if not (after.is_finite() and math.isfinite(proof.error)):
             raise ArithmeticError("the outcome of sound replies must be finite, got NaN or infinity")
-        noise = self._measure_noise(updates, weights, before) if self.noise else {}
+        noise = self._measure_noise(chosen, before) if self.noise else {}
         self.model = after
-        for client, weight in weights.items():
+        for client, weight in chosen.counted.items():
             self._round.clients[client]["weight"] = weight
+        for client, scores in chosen.scores.items():
+            self._round.clients[client]["judged"] = dict(scores)
         change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
         facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": after.digest()}
         parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
         facts |= {f"{name}_rank": max(ranks(part).values(), default=0) for name, part in parts.items()}
         return noise
 
+    def _choose(self, updates: list[ClientUpdate], before: GlobalModel) -> Chosen:
+        """What the method is given. Raises ValueError where no weights can be had, or no client can be trusted."""
+        if not self.privacy:
+            return self.judge(updates, client_weights(updates, self.weights), before)
+        rule = self.method.constrain(before.round + 1)
+        (trains,) = rule.trains
+        fresh = FreshRows(self.seed, self.rounds_done if rule.fresh_per_round else 0)
+        return self.privacy.release(updates, before, trains, fresh, self._whole(trains))
+
+    def _whole(self, trains: str) -> Shapes:
+        """The modules that are trained as whole weights by any client, whether it takes part or not."""
+        hellos = self.fleet.clients.values()
+        adapted = {m: s for hello in hellos for m, s in hello.shapes.items()} if trains == "W" else {}
+        return {**adapted, **{m: s for hello in hellos for m, s in hello.heads.items()}}
+
     def _heads(self) -> set[str]:
         """The modules that clients train whole."""
         return {module for hello in self.fleet.clients.values() for module in hello.heads}
 
-    def _measure_noise(
-        self, updates: list[ClientUpdate], weights: Mapping[str, float], before: GlobalModel
-    ) -> Mapping[str, Any]:
-        """The noise of the adapters alone: heads are averaged by every method."""
+    def _measure_noise(self, chosen: Chosen, before: GlobalModel) -> Mapping[str, Any]:
+        """The noise of the adapters alone, with the chosen weights: heads are averaged by every method."""
         heads = self._heads()
-        bodies = [replace(update, adapter=without(update.adapter, heads)) for update in updates]
+        bodies = [replace(update, adapter=without(update.adapter, heads)) for update in chosen.updates]
         model = replace(before, merged=without(before.merged, heads))
-        return self.noise(bodies, weights, model) if self.noise else {}
+        return self.noise(bodies, chosen.weights, model) if self.noise else {}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -25,4 +25,6 @@ def fedsvd() -> Method:
     """
     rule = ClientRule(trains=frozenset({"B"}), carries=True)
     why = "its clients train B alone, on an A that all share"
-    return Method("fedsvd", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why)
+    return Method(
+        "fedsvd", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, by_product=True
+    )

@@ -26,5 +26,13 @@ def ffa() -> Method:
     rule = ClientRule(trains=TRAINS, carries=True, fresh_per_round=False)
     why = "its clients train B alone, on an A that all share"
     return Method(
-        "ffa", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, linear=TRAINS, lasting=True
+        "ffa",
+        shared_start,
+        lambda round: rule,
+        _aggregate,
+        common_start=True,
+        foreign=why,
+        linear=TRAINS,
+        lasting=True,
+        by_product=True,
     )

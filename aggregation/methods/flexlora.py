@@ -24,4 +24,4 @@ def flexlora() -> Method:
     The server keeps it whole, in factors; the client cuts and does not carry the rest, which is its initialisation
     noise. Exact where nobody had to cut (round one, or ranks as large as the mean's).
     """
-    return Method("flexlora", empty_start, lambda round: ClientRule(), _aggregate)
+    return Method("flexlora", empty_start, lambda round: ClientRule(), _aggregate, by_product=True)

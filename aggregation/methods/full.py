@@ -22,5 +22,11 @@ def full() -> Method:
     """
     why = "its clients train whole weights"
     return Method(
-        "full", empty_start, lambda round: ClientRule(trains=frozenset({"W"})), _aggregate, foreign=why, lasting=True
+        "full",
+        empty_start,
+        lambda round: ClientRule(trains=frozenset({"W"})),
+        _aggregate,
+        foreign=why,
+        lasting=True,
+        by_product=True,
     )

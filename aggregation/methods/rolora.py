@@ -36,4 +36,5 @@ def rolora() -> Method:
         common_start=True,
         foreign=why,
         lasting=True,
+        by_product=True,
     )

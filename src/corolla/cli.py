@@ -132,10 +132,11 @@ def describe_line(line: Any) -> str:
     proof = update["certificate"]
     exact = "exact" if proof["exact"] else f"error {proof['relative_error']:.1%}"
     bad = f", [yellow]quarantined {escape(str(line['quarantined']))}[/]" if line["quarantined"] else ""
+    private = f", ε {update['privacy']['epsilon']:.2f}" if "privacy" in update else ""
     return (
         f"round {line['round']}: {len(losses)} clients, train loss {sum(losses) / max(len(losses), 1):.3f}, "
         f"update norm {update['norm']:.2f} of rank {update['merged_rank'] or update['start_rank']} "
-        f"({exact}), {line['seconds']:.0f} s{bad}"
+        f"({exact}), {line['seconds']:.0f} s{private}{bad}"
     )
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from corolla.adapters import Head, head_shapes, open_base
-from corolla.aggregation import LowRankDelta, whole
+from corolla.aggregation import DenseDelta, LowRankDelta, whole
 from corolla.client.config import DataConfig
 from corolla.client.local import open_client
 from corolla.client.tasks import find_task
@@ -54,6 +54,31 @@ def test_a_federation_learns_to_classify_and_the_head_is_averaged(bert, rows, tm
     certificate = [line for line in run.metrics if line["kind"] == "round"][-1]["update"]["certificate"]
     assert "classifier averaged as whole weights" in certificate["reason"]
     assert certificate["exact"] == (method != "zero-padding")
+
+
+def test_a_clip_counts_adapter_and_head_together(bert, rows, tmp_path):
+    clip = {"method": "warm", "robust": "clip", "clip_norm": 0.05}
+    run = simulation.simulate(config(bert, rows, tmp_path / "run", aggregation=clip))
+    for line in (line for line in run.metrics if line["kind"] == "round"):
+        for facts in line["clients"].values():
+            judged = facts["judged"]
+            assert facts["weight"] == pytest.approx(judged["weight_before"] * min(1, 0.05 / judged["norm"]))
+        assert 0 < line["update"]["norm"] <= 0.05 * (1 + 1e-6)
+        assert line["update"]["certificate"]["exact"]
+        assert "classifier averaged as whole weights" in line["update"]["certificate"]["reason"]
+
+
+def test_a_private_round_noises_the_head_as_well(bert, rows, tmp_path):
+    sections = {"aggregation": {"method": "ffa", "weights": "uniform"}, "run": {"rounds": 1, "evaluate": "never"}}
+    private = {"noise_multiplier": 300.0, "clip_norm": 1e-3}  # the noise is nearly all there is
+    run = simulation.simulate(config(bert, rows, tmp_path / "run", privacy=private, **sections))
+    deviation = 300.0 * 1e-3 / 3
+    heads = {m: d for m, d in run.model.merged.items() if isinstance(d, DenseDelta)}
+    assert heads
+    for delta in heads.values():
+        size = deviation * delta.W.numel() ** 0.5
+        assert 0.5 * size < float(delta.W.norm()) < 2 * size or delta.W.numel() < 32
+    assert max(d.W.numel() for d in heads.values()) >= 32
 
 
 def test_one_round_of_the_head_is_the_weighted_mean_of_the_replies(bert, rows, tmp_path):

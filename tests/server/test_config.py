@@ -76,3 +76,62 @@ def test_combinations_that_cannot_be_are_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"'independent' needs clients that draw their own A, got .*'warm'"):
         Config.load(None, ["adapter.init=independent", "aggregation.method=warm"])
     assert Config.load(None, ["adapter.init=independent"]).adapter.init == "independent"
+
+
+PRIVATE = [
+    "aggregation.method=ffa",
+    "aggregation.weights=uniform",
+    "privacy.noise_multiplier=1.0",
+    "privacy.clip_norm=0.5",
+    "run.rounds=3",
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["aggregation.robust=krums"], "must be none, or of clip, cosine"),
+        (["aggregation.robust=krum"], "needs byzantine, got none: set aggregation.byzantine"),
+        (["aggregation.byzantine=1"], "byzantine is no option of robust = 'none'"),
+        (["aggregation.robust=multi-krum", "aggregation.byzantine=1", "clients.count=4"], r"needs 2f \+ 3 = 5 clients"),
+        (
+            ["aggregation.robust=krum", "aggregation.byzantine=1", "clients.count=9", "run.fraction=0.4"],
+            r"2f \+ 3 = 5 clients in a round, got 4",
+        ),
+        (["aggregation.robust=clip", "aggregation.method=rbla"], r"rbla, which averages factors"),
+        (["aggregation.robust=clip", "aggregation.clip_norm=-1"], r"aggregation\.clip_norm"),
+        (["aggregation.robust=clip", "aggregation.noise=true"], "counts parts of them"),
+        (["privacy.clip_norm=1.0"], "need privacy.noise_multiplier, got none"),
+        (["privacy.noise_multiplier=1.0"], "needs privacy.clip_norm, got none"),
+        ([*PRIVATE, "aggregation.method=flora"], r"linear in what clients train, got flora"),
+        ([*PRIVATE, "aggregation.method=warm"], r"linear in what clients train, got warm"),
+        ([*PRIVATE, "aggregation.weights=examples"], 'privacy needs aggregation.weights = "uniform", got "examples"'),
+        ([*PRIVATE, "aggregation.robust=clip"], 'aggregation.robust = "none", got "clip"'),
+        ([*PRIVATE, "aggregation.noise=true"], "aggregation.noise = false, got true"),
+        ([*PRIVATE, "run.keep_replies=true"], "run.keep_replies = false, got true"),
+        ([*PRIVATE, "run.clients_per_round=2"], "run.clients_per_round = unset, got 2"),
+        ([*PRIVATE, "run.min_replies=2"], "run.min_replies = 1, got 2"),
+        ([*PRIVATE, "privacy.delta=0.25"], r"privacy\.delta must be below 1 / clients\.count = 0\.25, got 0\.25"),
+        (
+            [*PRIVATE, "privacy.epsilon=5"],
+            r"privacy\.epsilon = 5 must cover all rounds, got 8\.385 for run\.rounds = 3",
+        ),
+    ],
+)
+def test_what_robust_and_private_runs_cannot_have(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.load(None, settings)
+
+
+def test_a_private_run_within_its_epsilon():
+    config = Config.load(None, [*PRIVATE, "privacy.epsilon=8.4", "run.fraction=0.5"])
+    assert config.private().probability == 0.5
+    assert Config.from_flat(config.flat()) == config
+    assert Config().private() is None
+
+
+def test_a_clip_norm_is_a_number_or_the_median():
+    for value, wanted in (("0.5", 0.5), ("median", "median")):
+        config = Config.load(None, ["aggregation.robust=clip", f"aggregation.clip_norm={value}"])
+        assert config.aggregation.clip_norm == wanted
+        assert Config.from_flat(config.flat()) == config
