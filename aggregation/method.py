@@ -21,7 +21,8 @@ class Method:
     (empty: it changes the server alone); `linear` are the factors in which the global model is linear and whose
     coordinates last over rounds. Where `lasting` is true, a component keeps its position and its meaning from round to
     round, so that what a client's optimizer remembers of it does too. `merges` says whether rounds add to the merged
-    part, which clients then download.
+    part, which clients then download. Where `of_the_sum` is true, the outcome is a function of Σ p_k ΔW_k alone, so
+    that a secure sum is enough.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     linear: frozenset[str] = frozenset()
     lasting: bool = False
     merges: bool = False
+    of_the_sum: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""
@@ -46,6 +48,14 @@ class Method:
             raise ValueError(
                 f"{self.name} averages clients with the same modules, got different ones ({counts}): "
                 "use flora or zero-padding"
+            )
+
+    def require_of_the_sum(self) -> None:
+        """Raises ValueError for a method that needs more than Σ p_k ΔW_k."""
+        if not self.of_the_sum:
+            raise ValueError(
+                f"a secure sum gives Σ p_k ΔW_k alone, got method {self.name!r}, which needs every client's factors: "
+                "use flora, florist or warm"
             )
 
     def admit(self, rank: int, modules: Collection[str], model: GlobalModel) -> None:

@@ -9,9 +9,10 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from corolla.client.afford import Limits
-from corolla.client.config import ClientSettings
+from corolla.client.config import ClientSettings, node_name
 from corolla.client.local import Client, open_client
-from corolla.client.protocol import Assignment
+from corolla.client.protocol import Assignment, Reply
+from corolla.client.secure import stages
 
 app = ClientApp()
 
@@ -67,14 +68,61 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come."""
-    assignment = Assignment.unpack(message.content)
+    """Trains its share and replies the adapter; what memory allowed is remembered for the rounds to come.
+
+    Raises ValueError at a node that was told `secure=true`: it takes part in secure sums alone.
+    """
+    if context.node_config.get("secure"):
+        raise ValueError("this node takes part in secure sums alone, got an order for an adapter in the clear")
+    return Message(_train(Assignment.unpack(message.content), context).pack(), reply_to=message)
+
+
+def _train(assignment: Assignment, context: Context) -> Reply:
     client = _open(assignment.order.settings, context)
     reply = client.train(assignment)
     if reply.metrics["out_of_memory"]:
         found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
         _remember(context, client, Limits(*map(int, found)))
-    return Message(reply.pack(), reply_to=message)
+    return reply
+
+
+@app.train("secure")
+def train_secure(message: Message, context: Context) -> Message:
+    """Trains its share and replies a masked sketch of the change."""
+    content = stages.train_masked(message.content, context.state, lambda assignment: _train(assignment, context))
+    return Message(content, reply_to=message)
+
+
+@app.query("secure_keys")
+def secure_keys(message: Message, context: Context) -> Message:
+    """Begins a round of secure sums."""
+    name = node_name(context.node_config)
+    return Message(stages.publish_keys(message.content, context.state, name), reply_to=message)
+
+
+@app.query("secure_shares")
+def secure_shares(message: Message, context: Context) -> Message:
+    """Shares its secrets out among the round's clients."""
+    return Message(stages.share_secrets(message.content, context.state), reply_to=message)
+
+
+@app.query("secure_project")
+def secure_project(message: Message, context: Context) -> Message:
+    """Replies the second masked vector."""
+    return Message(stages.project_masked(message.content, context.state), reply_to=message)
+
+
+@app.query("secure_reveal")
+def secure_reveal(message: Message, context: Context) -> Message:
+    """Replies its shares of what takes the masks off the sum."""
+    return Message(stages.reveal_shares(message.content, context.state), reply_to=message)
+
+
+@app.query("secure_end")
+def secure_end(message: Message, context: Context) -> Message:
+    """Forgets what is left of a round that failed."""
+    stages.forget(context.state)
+    return Message(RecordDict(), reply_to=message)
 
 
 @app.evaluate()

@@ -16,18 +16,19 @@ from corolla.server.validation import Rejected, check_reply
 class OpenRound:
     """The orders of one round to clients of `fleet`, and what they replied.
 
-    `clients` has each client's facts for the round's record; `slots`, if any, take the accepted factors in.
+    `orders` has them by client, `clients` each client's facts for the round's record; `slots`, if any, take the
+    accepted factors in.
     """
 
     def __init__(self, number: int, fleet: Fleet, slots: Slots | None = None) -> None:
         self.number, self.fleet, self.slots = number, fleet, slots
         self.clients: dict[str, dict[str, Any]] = {}
-        self._orders: dict[str, Order] = {}
+        self.orders: dict[str, Order] = {}
         self._held: dict[str, LowRankState] = {}
 
     def ask(self, client: str, order: Order, part: ClientShare) -> None:
         """Notes that `client` was sent `order` with its `part` of the model."""
-        self._orders[client] = order
+        self.orders[client] = order
         self._held[client] = self._fixed_factors(client, order, part)
         self.clients[client] = {"rank": order.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
 
@@ -61,7 +62,7 @@ class OpenRound:
             except ValueError as error:
                 quarantined[client or "unknown"] = str(error)
                 log(30, "round %d: reply of %s is quarantined: %s", self.number, client or "?", error)
-        for client in self._orders.keys() - accepted.keys() - quarantined.keys():
+        for client in self.orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {deadline:g} s"
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
 
@@ -74,7 +75,7 @@ class OpenRound:
         return replace(reply, adapter={**placed, **only(reply.adapter, heads)})
 
     def _accept(self, message: Message, client: str) -> Reply:
-        if client not in self._orders:
+        if client not in self.orders:
             raise Rejected(f"a reply must belong to an order of this round, got {message.metadata.group_id!r}")
         if message.has_error():
             raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
@@ -83,5 +84,5 @@ class OpenRound:
                 f"the order went to node {self.fleet.node(client)}, got {message.metadata.src_node_id}'s reply"
             )
         reply = Reply.unpack(message.content, self._held[client])
-        check_reply(reply, self.fleet.clients[client], self._orders[client])
+        check_reply(reply, self.fleet.clients[client], self.orders[client])
         return reply

@@ -25,4 +25,13 @@ def warm() -> Method:
     hold. Exact."""
     why = "its clients begin from the top components of the mean and carry the rest"
     rule = ClientRule(carries=True)
-    return Method("warm", shared_start, lambda round: rule, _aggregate, common_start=True, foreign=why, merges=True)
+    return Method(
+        "warm",
+        shared_start,
+        lambda round: rule,
+        _aggregate,
+        common_start=True,
+        foreign=why,
+        merges=True,
+        of_the_sum=True,
+    )

@@ -68,7 +68,9 @@ def require_enough(clients: Collection[str], threshold: int, what: str) -> None:
     """Raises ValueError for fewer clients than the threshold, or than LEAST."""
     least = max(LEAST, threshold)
     if len(set(clients)) < least:
-        raise ValueError(f"{what} needs at least {least} clients, got {len(set(clients))}: {', '.join(sorted(clients))}")
+        raise ValueError(
+            f"{what} needs at least {least} clients, got {len(set(clients))}: {', '.join(sorted(clients))}"
+        )
 
 
 def require_no_small_difference(first: Collection[str], second: Collection[str]) -> None:

@@ -47,7 +47,9 @@ class SumPlan:
                 values[name] = {module: (int(shape[0]), int(shape[1])) for module, shape in values[name].items()}
             return cls(**values)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"a plan of a secure sum must have {', '.join(cls.__annotations__)}, got {error}") from error
+            raise ValueError(
+                f"a plan of a secure sum must have {', '.join(cls.__annotations__)}, got {error}"
+            ) from error
 
     @property
     def numbers(self) -> FixedPoint:
@@ -89,7 +91,9 @@ class SumPlan:
             part = projection(delta, bases[module]) if isinstance(delta, LowRankDelta) else None
             parts.append(torch.zeros(self.columns(module) * inn).double() if part is None else part.flatten())
         for module, shape in sorted(self.heads.items()):
-            parts.append(change[module].dense().double().flatten() if module in change else torch.zeros(*shape).flatten())
+            parts.append(
+                change[module].dense().double().flatten() if module in change else torch.zeros(*shape).flatten()
+            )
         return weight * torch.cat([*parts, torch.ones(1, dtype=torch.float64)])
 
     def products(self, total: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:

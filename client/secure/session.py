@@ -10,7 +10,6 @@ from torch import Tensor
 
 from corolla.client.secure.keys import KeyPair, commitment, new_seed, seal, unseal
 from corolla.client.secure.masks import (
-    LEAST,
     Pass,
     PublicKeys,
     require_enough,
