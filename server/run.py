@@ -147,7 +147,7 @@ def build_strategy(
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
     method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
     judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
-    strategy = _strategy(config.secure)(
+    strategy: FederatedLoRA = _strategy(config.secure)(
         method,
         settings=config.settings().model_dump_json(),
         run_id=folder.run_id(),

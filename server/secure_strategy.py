@@ -13,7 +13,7 @@ from corolla.aggregation import Certificate, ClientUpdate, Delta, DenseDelta, Lo
 from corolla.aggregation.exact import EXACT
 from corolla.aggregation.sketch import basis, exact_widths, missing
 from corolla.client.protocol import Order, unpack_metrics
-from corolla.client.secure.plan import SumPlan
+from corolla.client.secure.plan import Products, SumPlan
 from corolla.client.secure.protocol import TRAIN, Receipt
 from corolla.server.secure import SecureSumFailed, SecureSums, SumSettings
 from corolla.server.strategy import FederatedLoRA
@@ -125,14 +125,25 @@ class SecureFederatedLoRA(FederatedLoRA):
             self._round.clients[client] = {**metrics, **self._round.clients[client], **told}
         sketches = plan.sketches(sums.first({client: vector for client, (vector, _) in found.items()}, plan))
         bases = {module: basis(sketch) for module, sketch in sketches.items()}
-        products, heads, total = plan.products(sums.second(bases, plan))
-        if not total > 0:
-            raise SecureSumFailed(f"the clients' weights must have a sum above 0, got {total:g}")
-        lost = sum(missing(sketches[module], bases[module]) ** 2 for module in bases) ** 0.5
-        self._note(sums, plan, lost, total)
-        body = self._adapter(bases, products, total)
-        tops = {module: DenseDelta(weight / total) for module, weight in heads.items()}
-        return ClientUpdate(SUM, max(round(total), 1), {**body, **tops}, {}, max(round(total), 1))
+        products = plan.products(sums.second(bases, plan))
+        if not products.weight > 0:
+            raise SecureSumFailed(f"the clients' weights must have a sum above 0, got {products.weight:g}")
+        lost = sum(missing(products.probes[module], q) ** 2 for module, q in bases.items()) ** 0.5
+        self._note(sums, plan, lost, products.weight)
+        self._require_exact(sums, lost, products)
+        tops = {module: DenseDelta(head / products.weight) for module, head in products.heads.items()}
+        count = max(round(products.weight), 1)
+        return ClientUpdate(SUM, count, {**self._adapter(bases, products), **tops}, {}, count)
+
+    def _require_exact(self, sums: SecureSums, lost: float, products: Products) -> None:
+        """Raises SecureSumFailed where an exact sketch was asked for and lost clients have made it none."""
+        size = sum(float(torch.linalg.norm(x)) ** 2 for x in products.x.values()) ** 0.5
+        if self.settings.sketch is None and sums.survivors != sums.summed and lost > EXACT * size:
+            gone = ", ".join(sorted(set(sums.summed) - set(sums.survivors)))
+            raise SecureSumFailed(
+                f"the sketch must span the sum, got {lost / size:.1e} of it outside, since {gone} were lost between "
+                "the passes: set secure.sketch to a number to accept that"
+            )
 
     def _check(self, client: str, receipt: Receipt) -> None:
         order = self._orders[client]
@@ -140,11 +151,12 @@ class SecureFederatedLoRA(FederatedLoRA):
         if receipt != wanted:
             raise Rejected(f"the reply must be to {wanted}, got {receipt}")
 
-    def _adapter(self, bases: Mapping[str, Tensor], products: Mapping[str, Tensor], total: float) -> dict[str, Delta]:
+    def _adapter(self, bases: Mapping[str, Tensor], products: Products) -> dict[str, Delta]:
+        """S + Q X / Σ n by module."""
         start = self._model().start
         adapter: dict[str, Delta] = {}
         for module, q in bases.items():
-            change = LowRankDelta(products[module] / total, q)
+            change = LowRankDelta(products.x[module] / products.weight, q)
             if not (torch.isfinite(change.A).all() and float(change.A.norm()) <= LARGEST_CHANGE):
                 raise SecureSumFailed(f"the sum of {module} must be finite and at most {LARGEST_CHANGE:g}")
             adapter[module] = add([start[module].double(), change]) if module in start else change

@@ -1,7 +1,7 @@
 """What is summed in a round, and where each number of it stands: the same on the server and on every client."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -12,16 +12,14 @@ from corolla.aggregation import AdapterState, LowRankDelta, Shapes
 from corolla.aggregation.fixed_point import FixedPoint
 from corolla.aggregation.sketch import PROBES, projection, random_columns, range_sketch
 
-MAX_CLIENTS = 2**16
-
 
 @dataclass(frozen=True)
 class SumPlan:
     """The modules with their sketch widths, the heads, the number format, and the public seed of Ω.
 
     `terms` is the number of clients; `weights` says by what a client multiplies its change. The first pass has
-    Y = n B (A Ω) of every module, the second X = n (Qᵀ B) A, then every head's n ΔW, then n itself: what a client does
-    not have it sends as zeros, under its masks.
+    Y = n B (A Ω) of every module; the second X = n (Qᵀ B) A of every module, probes like Y, every head's n ΔW, and n
+    itself. What a client does not have it sends as zeros, under its masks.
     """
 
     shapes: Shapes
@@ -62,45 +60,60 @@ class SumPlan:
 
     def sizes(self) -> tuple[int, int]:
         """The entries of the first and of the second pass."""
-        first = sum(self.shapes[m][0] * (width + PROBES) for m, width in self.widths.items())
-        second = sum(self.columns(m) * shape[1] for m, shape in self.shapes.items())
+        first = sum(self.shapes[m][0] * width for m, width in self.widths.items())
+        second = sum(self.columns(m) * inn + PROBES * out for m, (out, inn) in self.shapes.items())
         return first, second + sum(out * inn for out, inn in self.heads.values()) + 1
 
     def first(self, change: AdapterState, weight: float) -> Tensor:
         """This client's first vector, float64."""
-        parts = []
-        for module, (out, inn) in sorted(self.shapes.items()):
-            width = self.widths[module] + PROBES
-            if isinstance(delta := change.get(module), LowRankDelta):
-                omega = random_columns(module, inn, width, self.seed, self.round)
-                parts.append(weight * range_sketch(delta, omega).flatten())
-            else:
-                parts.append(torch.zeros(out * width, dtype=torch.float64))
-        return torch.cat(parts)
+        return weight * _flat([self._sketch(change, m, 0, self.widths[m]) for m in sorted(self.shapes)])
 
     def sketches(self, total: Tensor) -> dict[str, Tensor]:
         """module -> Y from a first vector, or a sum of them."""
-        shapes = {m: (self.shapes[m][0], self.widths[m] + PROBES) for m in sorted(self.shapes)}
-        return _cut(total, shapes)
+        return _cut(total, {m: (self.shapes[m][0], self.widths[m]) for m in sorted(self.shapes)})
 
     def second(self, change: AdapterState, bases: Mapping[str, Tensor], weight: float) -> Tensor:
         """This client's second vector, float64, with `bases` (module -> Q)."""
         parts = []
         for module, (_, inn) in sorted(self.shapes.items()):
             delta = change.get(module)
-            part = projection(delta, bases[module]) if isinstance(delta, LowRankDelta) else None
-            parts.append(torch.zeros(self.columns(module) * inn).double() if part is None else part.flatten())
-        for module, shape in sorted(self.heads.items()):
-            parts.append(
-                change[module].dense().double().flatten() if module in change else torch.zeros(*shape).flatten()
-            )
-        return weight * torch.cat([*parts, torch.ones(1, dtype=torch.float64)])
+            still = torch.zeros(self.columns(module), inn)
+            parts.append(projection(delta, bases[module]) if isinstance(delta, LowRankDelta) else still)
+        parts += [self._sketch(change, m, self.widths[m], self.widths[m] + PROBES) for m in sorted(self.shapes)]
+        parts += [change[m].dense() if m in change else torch.zeros(shape) for m, shape in sorted(self.heads.items())]
+        return weight * _flat([*parts, torch.ones(1)])
 
-    def products(self, total: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-        """module -> X, head -> Σ n ΔW, and Σ n from a second vector, or a sum of them."""
-        shapes = {m: (self.columns(m), self.shapes[m][1]) for m in sorted(self.shapes)}
-        split = sum(rows * columns for rows, columns in shapes.values())
-        return _cut(total[:split], shapes), _cut(total[split:-1], dict(sorted(self.heads.items()))), float(total[-1])
+    def products(self, total: Tensor) -> "Products":
+        """The parts of a second vector, or of a sum of them."""
+        modules = sorted(self.shapes)
+        shapes = {f"x/{m}": (self.columns(m), self.shapes[m][1]) for m in modules}
+        shapes |= {f"p/{m}": (self.shapes[m][0], PROBES) for m in modules}
+        shapes |= {f"h/{m}": shape for m, shape in sorted(self.heads.items())}
+        parts = _cut(total[:-1], shapes)
+        x, probes, heads = ({m[2:]: part for m, part in parts.items() if m[0] == kind} for kind in "xph")
+        return Products(x, probes, heads, float(total[-1]))
+
+    def _sketch(self, change: AdapterState, module: str, first: int, last: int) -> Tensor:
+        """B (A Ω) with columns first..last-1 of Ω, zero for a module that does not change."""
+        delta, (out, inn) = change.get(module), self.shapes[module]
+        if not isinstance(delta, LowRankDelta):
+            return torch.zeros(out, last - first)
+        return range_sketch(delta, random_columns(module, inn, first, last, self.seed, self.round))
+
+
+@dataclass(frozen=True)
+class Products:
+    """The sums of the second pass, each of n times what clients have: module -> X (columns, in) and probes
+    (out, PROBES), head -> ΔW, and Σ n itself."""
+
+    x: Mapping[str, Tensor]
+    probes: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    weight: float
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.double().flatten() for part in parts])
 
 
 def _cut(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

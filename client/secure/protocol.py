@@ -59,7 +59,7 @@ def unpack_tensor(
     content: RecordDict, record: str, name: str, stype: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
     """One tensor back. Raises ValueError where it is missing, or of another type or shape than this."""
-    arrays = content.array_records.get(record, {})
+    arrays: Mapping[str, Array] = content.array_records.get(record) or {}
     if name not in arrays:
         raise ValueError(f"the message must hold {record}/{name}, got {sorted(arrays)[:4]}")
     array = arrays[name]

@@ -107,12 +107,12 @@ class SecureFederation:
 
     def updates(self, round_number: int, clients: tuple[str, ...] | None = None) -> list[ClientUpdate]:
         """The clients' replies, for a plain aggregation."""
-        return [r.update() for (n, c), r in sorted(self.replies.items()) if n == round_number and c in (clients or RANKS)]
+        return [
+            r.update() for (n, c), r in sorted(self.replies.items()) if n == round_number and c in (clients or RANKS)
+        ]
 
 
 def crash(message: Message, context: Context) -> None:
     """A client that is gone, and its memory with it."""
     context.state.clear()
     raise ConnectionError("the node is gone")
-
-
