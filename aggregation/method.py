@@ -23,7 +23,8 @@ class Method:
     round, so that what a client's optimizer remembers of it does too. `merges` says whether rounds add to the merged
     part, which clients then download. Where `by_product` is true, replies count through their products B_k A_k alone,
     so that who judges those judges all: a method that averages factors can be moved by (c B, A / c), whose ΔW is
-    like any other.
+    like any other. Where `of_the_sum` is
+    true, the outcome is a function of Σ p_k ΔW_k alone, so that a secure sum is enough.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     lasting: bool = False
     merges: bool = False
     by_product: bool = False
+    of_the_sum: bool = False
 
     def require(self, ranks: Mapping[str, int], modules: Mapping[str, Collection[str]]) -> None:
         """Raises ValueError where these clients (id -> rank, id -> adapted modules) cannot take part together."""
@@ -49,6 +51,14 @@ class Method:
             raise ValueError(
                 f"{self.name} averages clients with the same modules, got different ones ({counts}): "
                 "use flora or zero-padding"
+            )
+
+    def require_of_the_sum(self) -> None:
+        """Raises ValueError for a method that needs more than Σ p_k ΔW_k."""
+        if not self.of_the_sum:
+            raise ValueError(
+                f"a secure sum gives Σ p_k ΔW_k alone, got method {self.name!r}, which needs every client's factors: "
+                "use flora, florist or warm"
             )
 
     def admit(self, rank: int, modules: Collection[str], model: GlobalModel) -> None:

@@ -10,9 +10,10 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from corolla.client.afford import Limits
-from corolla.client.config import ClientSettings
+from corolla.client.config import ClientSettings, node_name
 from corolla.client.local import Client, open_client
-from corolla.client.protocol import Assignment
+from corolla.client.protocol import Assignment, Reply
+from corolla.client.secure import stages
 
 CLIENTS = "clients"
 """In the folder of a simulation, the folder of what each client keeps to itself."""
@@ -72,14 +73,53 @@ def hello(content: RecordDict, node: Node) -> RecordDict:
 
 
 def train(content: RecordDict, node: Node) -> RecordDict:
-    """The adapter trained on the node's share; what memory allowed is remembered for the rounds to come."""
-    assignment = Assignment.unpack(content)
+    """The adapter trained on the node's share; what memory allowed is remembered for the rounds to come.
+
+    Raises ValueError at a node that was told `secure=true`: it takes part in secure sums alone.
+    """
+    if node.config.get("secure"):
+        raise ValueError("this node takes part in secure sums alone, got an order for an adapter in the clear")
+    return _train(Assignment.unpack(content), node).pack()
+
+
+def _train(assignment: Assignment, node: Node) -> Reply:
     client = _open(assignment.order.settings, node)
     reply = client.train(assignment)
     if reply.metrics["out_of_memory"]:
         found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
         _remember(node, client, Limits(*map(int, found)))
-    return reply.pack()
+    return reply
+
+
+def secure_keys(content: RecordDict, node: Node) -> RecordDict:
+    """The public keys that begin a round of secure sums."""
+    return stages.publish_keys(content, node.state, node_name(node.config))
+
+
+def secure_shares(content: RecordDict, node: Node) -> RecordDict:
+    """The node's secrets, shared out among the round's clients."""
+    return stages.share_secrets(content, node.state)
+
+
+def secure_train(content: RecordDict, node: Node) -> RecordDict:
+    """The masked sketch of the change that training made."""
+    return stages.train_masked(content, node.state, lambda assignment: _train(assignment, node))
+
+
+def secure_project(content: RecordDict, node: Node) -> RecordDict:
+    """The second masked vector."""
+    return stages.project_masked(content, node.state)
+
+
+def secure_reveal(content: RecordDict, node: Node) -> RecordDict:
+    """The node's shares of what takes the masks off the sum."""
+    return stages.reveal_shares(content, node.state)
+
+
+def secure_end(content: RecordDict, node: Node) -> RecordDict:
+    """Nothing; what is left of a round that failed is forgotten."""
+    stages.forget(node.state)
+    return RecordDict()
 
 
 def evaluate(content: RecordDict, node: Node) -> RecordDict:
@@ -94,5 +134,10 @@ def evaluate(content: RecordDict, node: Node) -> RecordDict:
     )
 
 
-ANSWERS: Mapping[str, Callable[[RecordDict, Node], RecordDict]] = {"hello": hello, "train": train, "evaluate": evaluate}
+ANSWERS: Mapping[str, Callable[[RecordDict, Node], RecordDict]] = {
+    answer.__name__: answer
+    for answer in (
+        hello, train, evaluate, secure_keys, secure_shares, secure_train, secure_project, secure_reveal, secure_end,
+    )
+}  # fmt: skip
 """By the name that the worker is asked with."""

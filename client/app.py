@@ -40,6 +40,42 @@ def train(message: Message, context: Context) -> Message:
     return _answer("train", message, context)
 
 
+@app.train("secure")
+def train_secure(message: Message, context: Context) -> Message:
+    """Trains its share and replies a masked sketch of the change."""
+    return _answer("secure_train", message, context)
+
+
+@app.query("secure_keys")
+def secure_keys(message: Message, context: Context) -> Message:
+    """Begins a round of secure sums."""
+    return _answer("secure_keys", message, context)
+
+
+@app.query("secure_shares")
+def secure_shares(message: Message, context: Context) -> Message:
+    """Shares its secrets out among the round's clients."""
+    return _answer("secure_shares", message, context)
+
+
+@app.query("secure_project")
+def secure_project(message: Message, context: Context) -> Message:
+    """Replies the second masked vector."""
+    return _answer("secure_project", message, context)
+
+
+@app.query("secure_reveal")
+def secure_reveal(message: Message, context: Context) -> Message:
+    """Replies its shares of what takes the masks off the sum."""
+    return _answer("secure_reveal", message, context)
+
+
+@app.query("secure_end")
+def secure_end(message: Message, context: Context) -> Message:
+    """Forgets what is left of a round that failed."""
+    return _answer("secure_end", message, context)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model and replies numbers."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -220,6 +221,11 @@ def _parse_target_list(value: Any) -> Any:
 def client_name(partition: int) -> str:
     """The name of a client that has none of its own."""
     return f"client-{partition:03}"
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """The name of the client that a node of this configuration is."""
+    return str(node.get("name", client_name(int(node.get("partition-id", 0)))))
 
 
 NODE, AUTO = "node", "auto"

@@ -23,7 +23,7 @@ from corolla.adapters import (
 from corolla.aggregation import FreshRows, LowRankState, Shapes, add_adapters, delta_of, fill_adapter, low_rank
 from corolla.client.afford import Limits, free_memory, is_out_of_memory
 from corolla.client.attach import Attached, Part, trainable
-from corolla.client.config import AUTO, ClientSettings, ModelConfig, TrainConfig, client_name, parse_targets
+from corolla.client.config import AUTO, ClientSettings, ModelConfig, TrainConfig, node_name, parse_targets
 from corolla.client.data import ClientData, load_client_data, round_order
 from corolla.client.estimate import Work
 from corolla.client.plan import keep_freed_memory_low, make_plan
@@ -251,7 +251,7 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     data = settings.data.model_copy(update={k: str(v) for k, v in own.items() if v})
     here = {"name": node.get("model"), "device": node.get("device"), "quantization": node.get("quantization")}
     model = ModelConfig.model_validate(settings.model.model_dump() | {k: str(v) for k, v in here.items() if v})
-    client_id = str(node.get("name", client_name(partition)))
+    client_id = node_name(node)
     targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
     settings = settings.model_copy(update={"data": data, "model": model})
     share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own

@@ -37,6 +37,7 @@ from corolla.client.config import (
     TrainConfig,
     head_of,
 )
+from corolla.client.secure.masks import LEAST
 from corolla.server.privacy import Privacy
 from corolla.server.trackers import TRACKERS, parse_names
 
@@ -127,6 +128,26 @@ class PrivacyConfig(Section):
         return self
 
 
+class SecureConfig(Section):
+    """Secure sums: the server learns Σ p_k ΔW_k and no client's own (docs/secure.md)."""
+
+    sums: bool = Field(False, description="masks on every upload; with flora, florist and warm, three clients at least")
+    sketch: int | None = Field(
+        None,
+        ge=1,
+        description="columns of the sketch, to which the upload is proportional; unset: exact, Σ of the clients' ranks",
+    )
+    threshold: float = Field(2 / 3, gt=0.5, le=1, description="part of the clients that can open a sum, and must")
+    bits: Literal[32, 64] = Field(64, description="of every number on the way; 32: half the upload, a clip that fits")
+    clip: float = Field(2.0**24, gt=0, description="largest number a client sends: weight times entry of its sketch")
+    deadline: float = Field(300.0, gt=0, description="seconds that an exchange without training may take")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
 class RunConfig(Section):
     """The run as a whole."""
 
@@ -185,6 +206,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig(local_steps=8)
     aggregation: AggregationConfig = AggregationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig = SecureConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -241,6 +263,7 @@ class Config(Section):
         if self.aggregation.noise and self.aggregation.method == "full":
             raise ValueError("aggregation.noise compares what methods make of factors, and method 'full' has none")
         head_of(self.train, self.data)
+        self._sums_fit(method)
         method.require(self.clients.by_name(), {})
         self._robust_fits()
         if self.privacy.noise_multiplier:
@@ -299,6 +322,25 @@ class Config(Section):
         if noise is None or clip_norm is None:
             return None
         return Privacy(noise, clip_norm, self.clients.count, self.run.fraction, self.privacy.delta)
+
+    def _sums_fit(self, method: Method) -> None:
+        """Raises ValueError where secure sums are asked for beside what needs every client's own change."""
+        if not self.secure.sums:
+            return
+        method.require_of_the_sum()
+        if self.run.participants(self.clients.count) < LEAST:
+            raise ValueError(
+                f"secure.sums needs at least {LEAST} clients a round, got {self.run.participants(self.clients.count)}: "
+                "of a sum of two, each of the two knows the other's part"
+            )
+        for name, found, why in (
+            ("aggregation.noise", self.aggregation.noise, "compares methods on every client's reply"),
+            ("run.keep_replies", self.run.keep_replies, "keeps every client's reply"),
+            ("privacy.noise_multiplier", self.privacy.noise_multiplier, "clips every client's change"),
+            ("aggregation.robust", self.aggregation.robust != "none", "judges every client's change"),
+        ):
+            if found:
+                raise ValueError(f"secure.sums hides every client's change, got {name}, which {why}: leave one out")
 
     def settings(self) -> ClientSettings:
         """What clients are told."""

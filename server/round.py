@@ -16,19 +16,20 @@ from corolla.server.validation import Rejected, check_arrays, check_numbers, che
 class OpenRound:
     """The orders of one round to clients of `fleet`, and what they replied.
 
-    `clients` has each client's facts for the round's record; `slots`, if any, take the accepted factors in.
+    `orders` has them by client, `clients` each client's facts for the round's record; `slots`, if any, take the
+    accepted factors in.
     """
 
     def __init__(self, number: int, fleet: Fleet, slots: Slots | None = None) -> None:
         self.number, self.fleet, self.slots = number, fleet, slots
         self.clients: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
-        self._orders: dict[str, Order] = {}
+        self.orders: dict[str, Order] = {}
         self._held: dict[str, LowRankState] = {}
 
     def ask(self, client: str, order: Order, part: ClientShare) -> None:
         """Notes that `client` was sent `order` with its `part` of the model."""
-        self._orders[client] = order
+        self.orders[client] = order
         self._held[client] = self._fixed_factors(client, order, part)
         self.clients[client] = {"rank": order.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
 
@@ -72,7 +73,7 @@ class OpenRound:
                     30, "round %d: reply of %s is quarantined: %s", self.number, who, why,
                     extra={"round": self.number, "client": who},
                 )  # fmt: skip
-        for client in self._orders.keys() - accepted.keys() - quarantined.keys():
+        for client in self.orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {deadline:g} s"
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))
 
@@ -85,7 +86,7 @@ class OpenRound:
         return replace(reply, adapter={**placed, **only(reply.adapter, heads)})
 
     def _accept(self, message: Message, client: str) -> Reply:
-        if client not in self._orders:
+        if client not in self.orders:
             raise Rejected(f"a reply must belong to an order of this round, got {message.metadata.group_id!r}")
         if message.has_error():
             raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
@@ -103,7 +104,7 @@ class OpenRound:
 
     def _read(self, content: RecordDict, client: str) -> Reply:
         """The reply, checked from what costs nothing to what costs most. Raises ValueError for what is not sound."""
-        hello, order = self.fleet.clients[client], self._orders[client]
+        hello, order = self.fleet.clients[client], self.orders[client]
         check_receipt(Reply.unpack_receipt(content), hello, order)
         check_arrays(arrays_of(content), hello, order)
         reply = Reply.unpack(content, self._held[client])

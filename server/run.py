@@ -39,10 +39,12 @@ from corolla.aggregation import (
 )
 from corolla.client.config import head_of
 from corolla.client.tasks import TASKS
-from corolla.server.config import Config, ConfigError
+from corolla.server.config import Config, ConfigError, SecureConfig
 from corolla.server.folder import Checkpoint, RunFolder
 from corolla.server.held_out import Judge, open_judge
 from corolla.server.scores import average
+from corolla.server.secure import SumSettings
+from corolla.server.secure_strategy import SecureFederatedLoRA
 from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling
 from corolla.server.trackers import tracking
 
@@ -146,7 +148,7 @@ def build_strategy(
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
     method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
     judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
-    strategy = FederatedLoRA(
+    strategy: FederatedLoRA = _strategy(config.secure)(
         method,
         settings=config.settings().model_dump_json(),
         run_id=folder.run_id(),
@@ -175,6 +177,13 @@ def build_strategy(
         ),
     )
     return strategy
+
+
+def _strategy(secure: SecureConfig) -> Callable[..., FederatedLoRA]:
+    if not secure.sums:
+        return FederatedLoRA
+    sums = SumSettings(secure.sketch, secure.threshold, secure.bits, secure.clip, secure.deadline)
+    return partial(SecureFederatedLoRA, sums=sums)
 
 
 def _base_hash(config: Config) -> str:

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from corolla.aggregation import (
     AdapterState,
     Budget,
+    Certificate,
     Chosen,
     ClientRule,
     ClientShare,
@@ -297,15 +298,26 @@ class FederatedLoRA(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The round's outcome from the sound replies; (None, None), and the model as it was, where too few came."""
         accepted, quarantined = self._round.collect(replies, self.deadline)
-        self.rounds_done += 1
         updates = [reply.update() for reply in accepted.values()]
-        facts: dict[str, Any] = {"download_error": self._cut_error}
+        few = f"{len(updates)} sound replies of at least {self.min_replies}" if len(updates) < self.min_replies else ""
+        few = "" if self.privacy else few
+        return self._close(updates, few, quarantined, {c: reply.adapter for c, reply in accepted.items()}, {})
+
+    def _close(
+        self,
+        updates: list[ClientUpdate],
+        failed: str,
+        quarantined: Mapping[str, str],
+        replies: Mapping[str, AdapterState],
+        facts: dict[str, Any],
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Makes the outcome of `updates` the model, unless the round `failed`, and the round's record of it."""
+        self.rounds_done += 1
+        facts = {"download_error": self._cut_error, **facts}
         noise: Mapping[str, Any] = {}
-        successful = bool(self.privacy) or len(updates) >= self.min_replies
+        successful = not failed
         if not successful:
-            log(
-                30, "round %d failed: %d sound replies of at least %d", self.rounds_done, len(updates), self.min_replies
-            )
+            log(30, "round %d failed: %s", self.rounds_done, failed)
         else:
             try:
                 noise = self._take_in(updates, facts)
@@ -324,7 +336,7 @@ class FederatedLoRA(Strategy):
             dict(self.fleet.refused),
             noise,
         )
-        self.on_round(record, self._model(), {client: reply.adapter for client, reply in accepted.items()})
+        self.on_round(record, self._model(), replies)
         if not successful:
             return None, None
         loss = weighted_mean(record.clients, "train_loss", "num_examples")
@@ -347,12 +359,13 @@ class FederatedLoRA(Strategy):
             raise ArithmeticError("the outcome of sound replies must be finite, got NaN or infinity")
         noise = self._measure_noise(chosen, before) if self.noise else {}
         self.model = after
-        for client, weight in chosen.counted.items():
-            self._round.clients[client]["weight"] = weight
+        for client in chosen.counted.keys() & self._round.clients.keys():
+            self._round.clients[client]["weight"] = chosen.counted[client]
         for client, scores in chosen.scores.items():
             self._round.clients[client]["judged"] = dict(scores)
         change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
-        facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": after.digest()}
+        size = adapter_norm(change)
+        facts |= {"norm": size, "certificate": asdict(self._proof(proof, size)), "version": after.digest()}
         parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
         facts |= {f"{name}_rank": max(ranks(part).values(), default=0) for name, part in parts.items()}
         return noise
@@ -371,6 +384,10 @@ class FederatedLoRA(Strategy):
         hellos = self.fleet.clients.values()
         adapted = {m: s for hello in hellos for m, s in hello.shapes.items()} if trains == "W" else {}
         return {**adapted, **{m: s for hello in hellos for m, s in hello.heads.items()}}
+
+    def _proof(self, proof: Certificate, size: float) -> Certificate:
+        """The certificate of a change of ‖·‖_F = `size`, with what happened to the updates before."""
+        return proof
 
     def _heads(self) -> set[str]:
         """The modules that clients train whole."""

@@ -49,4 +49,6 @@ def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], mo
 
 def flora() -> Method:
     """The stack is merged, every client begins afresh (B = 0) in the next round. Exact."""
-    return Method("flora", empty_start, lambda round: ClientRule(), _aggregate, merges=True, by_product=True)
+    return Method(
+        "flora", empty_start, lambda round: ClientRule(), _aggregate, merges=True, by_product=True, of_the_sum=True
+    )

@@ -31,4 +31,6 @@ def florist(energy: float = 0.99) -> Method:
         proof = certify(merge, updates, weights, model.start, claim=claim, reason=reason)
         return GlobalUpdate(merge, {}, proof)
 
-    return Method("florist", empty_start, lambda round: ClientRule(), aggregate, merges=True, by_product=True)
+    return Method(
+        "florist", empty_start, lambda round: ClientRule(), aggregate, merges=True, by_product=True, of_the_sum=True
+    )

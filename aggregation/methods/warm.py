@@ -34,4 +34,5 @@ def warm() -> Method:
         foreign=why,
         merges=True,
         by_product=True,
+        of_the_sum=True,
     )
