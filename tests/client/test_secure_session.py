@@ -118,7 +118,7 @@ def test_clients_that_were_told_different_rosters_cannot_open_each_others_shares
     other = {**roster, "eve": Session.new("eve", "run", 1).public()}
     _, sealed = begun["ann"].share(other, 4)
     bob, _ = begun["bob"].share(roster, 4)
-    with pytest.raises(ValueError, match="shares of ann for bob .* changed on its way"):
+    with pytest.raises(ValueError, match=r"shares of ann for bob .* changed on its way"):
         bob.open({"ann": sealed["bob"], "cleo": sealed["bob"], "dan": sealed["bob"]})
 
 
