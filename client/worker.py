@@ -89,6 +89,7 @@ def _answer(name: str, content: RecordDict, state: RecordDict) -> RecordDict:
     config = json.loads(str(state.config_records[NODE]["config"]))
     del state[NODE]
     began = time.time()
+    emit({"kind": "question", "what": name, "client": config.get("name")})
     reply = ANSWERS[name](content, Node(config, state))
     emit({"kind": "answer", "what": name, "client": config.get("name"), "began": began, "ended": time.time()})
     return reply

@@ -135,9 +135,9 @@ def test_a_superlink_restarted_with_its_database_ends_the_run(live, tiny_folder,
 def test_a_crashed_worker_is_told_and_the_next_round_is_fine(live, tiny_folder):
     folder = begin(live, tiny_folder, "worker", **{"run.rounds": 4, "run.evaluate": "never", "train.local_steps": 60})
     await_rounds(live, folder, 1)
-    before = received(live, 1)
-    live.wait_for("round 2 at node 1", lambda: received(live, 1) > before)
-    time.sleep(2)
+    taken = '"corolla": "question", "kind": "question", "what": "train"'
+    before = live.log("worker-1").count(taken)
+    live.wait_for("round 2 at the worker", lambda: live.log("worker-1").count(taken) > before)
     live.kill("worker-1")
     live.start("worker-1")
     assert await_end(live) == "finished:completed"
