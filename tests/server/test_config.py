@@ -135,3 +135,9 @@ def test_a_clip_norm_is_a_number_or_the_median():
         config = Config.load(None, ["aggregation.robust=clip", f"aggregation.clip_norm={value}"])
         assert config.aggregation.clip_norm == wanted
         assert Config.from_flat(config.flat()) == config
+
+
+def test_the_run_of_the_privacy_page_is_one():
+    text = (ROOT / "docs" / "privacy.md").read_text()
+    config = Config.build(tomllib.loads(text.partition("```toml\n")[2].partition("```")[0]))
+    assert 5 < config.private().epsilon(config.run.rounds) < 6
