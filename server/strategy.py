@@ -83,6 +83,9 @@ class RoundRecord:
         return weighted_mean(self.clients, "loss_before", "num_examples")
 
 
+MOST_OF_THE_WEIGHT = 0.9
+"""A client with more of it among three or more is named in the log: what it weighs is its own word."""
+
 OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
 OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
 
@@ -304,6 +307,8 @@ class FederatedLoRA(Strategy):
         self.model = after
         for client, weight in weights.items():
             self._round.clients[client]["weight"] = weight
+            if weight > MOST_OF_THE_WEIGHT and len(weights) > 2:
+                log(30, "round %d is all but %s's alone: p_k = %.3f", self.rounds_done, client, weight)
         change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
         facts |= {"norm": adapter_norm(change), "certificate": asdict(proof), "version": after.digest()}
         parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
