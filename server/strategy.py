@@ -91,6 +91,9 @@ class RoundRecord:
         return weighted_mean(self.clients, "loss_before", "num_examples")
 
 
+MOST_OF_THE_WEIGHT = 0.9
+"""A client with more of it among three or more is named in the log: what it weighs is its own word."""
+
 OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
 OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
 
@@ -360,7 +363,9 @@ class FederatedLoRA(Strategy):
         noise = self._measure_noise(chosen, before) if self.noise else {}
         self.model = after
         for client in chosen.counted.keys() & self._round.clients.keys():
-            self._round.clients[client]["weight"] = chosen.counted[client]
+            weight = self._round.clients[client]["weight"] = chosen.counted[client]
+            if weight > MOST_OF_THE_WEIGHT and len(chosen.counted) > 2:
+                log(30, "round %d is all but %s's alone: p_k = %.3f", self.rounds_done, client, weight)
         for client, scores in chosen.scores.items():
             self._round.clients[client]["judged"] = dict(scores)
         change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))

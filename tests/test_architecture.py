@@ -60,11 +60,51 @@ def test_flower_is_known_in_three_folders_and_peft_in_one():
             assert "peft" not in roots or folder == "adapters", path
 
 
-def test_no_pickle_anywhere():
+RUNS_WHAT_IT_READS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+"""Modules whose readers can run code, or make any object, of what they read."""
+
+RUN = {"eval", "exec", "compile", "__import__"}
+
+LOADERS = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pickle"}}
+
+
+def runs_code(tree: ast.AST) -> set[str]:
+    """The calls in `tree` that could run code from data."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in RUN:
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if name in LOADERS.get(module, ()):
+                found.add(f"{module}.{name}")
+            case ast.ImportFrom(module=module, names=names) if module in LOADERS:
+                found |= {f"{module}.{alias.name}" for alias in names if alias.name in LOADERS[module]}
+            case ast.keyword(arg="allow_pickle" | "weights_only" | "trust_remote_code", value=value):
+                if not (isinstance(value, ast.Constant) and value.value is (node.arg == "weights_only")):
+                    found.add(node.arg)
+    return found
+
+
+def test_no_pickle_and_no_code_from_what_is_read():
     for folder in [*ORDER, "src"]:
         for path in files(folder):
-            assert not {"pickle", "dill", "cloudpickle"} & imports(path), path
-            assert "torch.load" not in path.read_text(), path
+            assert not RUNS_WHAT_IT_READS & {name.partition(".")[0] for name in imports(path)}, path
+            assert not runs_code(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize(
+    "line", ["eval(text)", "exec(text)", "torch.load(path)", "from torch import load", "np.load(x, allow_pickle=True)"]
+)
+def test_code_from_what_is_read_would_be_seen(line):
+    assert runs_code(ast.parse(line))
+
+
+def test_the_server_never_lets_flower_read_an_array():
+    """Array.numpy() reads what a foreign client calls "numpy.ndarray"; factors are read by their own type alone."""
+    for path in [*files("server"), *files("client")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("to_numpy_ndarrays", "to_torch_state_dict"), path
 
 
 def test_every_folder_is_a_package_that_is_installed():

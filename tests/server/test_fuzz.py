@@ -40,9 +40,7 @@ LONGEST_LINE = 2**21
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(stream, "POLL", 0.0)
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    yield
-    logging.getLogger("flwr").setLevel(logging.INFO)
+    monkeypatch.setattr(logging.getLogger("flwr"), "disabled", True)
 
 
 def play(plans, method: str) -> Crew:
@@ -176,22 +174,24 @@ def fuzz(cases: int, seen: list[int], **options):
 
 def test_five_hundred_hostile_replies():
     seen: list[int] = []
-    fuzz(22, seen, derandomize=True)
+    fuzz(18, seen, derandomize=True)
     assert sum(seen) >= 500
 
 
 @pytest.mark.slow
 def test_ten_thousand_hostile_replies():
     seen: list[int] = []
-    fuzz(450, seen)
+    fuzz(330, seen)
     print(f"\n{sum(seen)} hostile replies in {2 * len(seen)} rounds")
     assert sum(seen) >= 10_000
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_mutation_by_itself(method):
-    every = [Plan(hello=name) for name in HELLO] + [Plan(evaluate=name) for name in EVALUATE]
-    every += [Plan(rounds=((name,), ()), seed=i) for i, name in enumerate([*TRAIN, *WHOLE_REPLY])]
+    every = [Plan(rounds=((name,), ()), seed=i) for i, name in enumerate(TRAIN) if TRAIN[name].part == "adapter"]
     every += [Plan(damage=(kind, kind), seed=seed) for kind in DAMAGE for seed in range(4)]
+    if method == "flora":  # what is no adapter is read alike under every method
+        every += [Plan(hello=name) for name in HELLO] + [Plan(evaluate=name) for name in EVALUATE]
+        every += [Plan(rounds=((), (name,))) for name in [*TRAIN, *WHOLE_REPLY]]
     for first in range(0, len(every), 24):
         play(every[first : first + 24], method)

@@ -8,8 +8,10 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
 from corolla.aggregation import Budget, GlobalModel, LowRankDelta, build_method
-from corolla.client.protocol import Hello, unpack_metrics
+from corolla.client.protocol import Hello, Reply, unpack_metrics
 from corolla.server.strategy import FederatedLoRA
+from corolla.server.validation import LONGEST_REASON, reason_of
+from corolla.simulations.report.page import render
 from tests.aggregation.federations import principal
 from tests.server.clients import SHAPES, fake_grid, with_factor
 from tests.server.test_strategy import RANKS, run
@@ -32,6 +34,9 @@ def raw_hello(**changes) -> RecordDict:
         ('{"q": [0, 3]}', r"got \[0, 3\]"),
         ('{"q": [10000000000000, 3]}', r"shapes\.q must be"),
         ("{", "Expecting property name"),
+        ("[" * 10**5, "got JSON nested too deep"),
+        ('{"q": [true, 3]}', r"got \[True, 3\]"),
+        ('{"": [2, 3]}', "a module's name must be 1 to 256 printable characters"),
     ],
 )
 def test_a_malformed_hello_is_a_value_error(shapes, reason):
@@ -51,6 +56,8 @@ def test_metrics_that_are_no_numbers_are_a_value_error():
         ({"client_id": "../../evil"}, "must be letters, digits"),
         ({"client_id": ""}, "must be letters, digits"),
         ({"rank": 10**9}, "rank must be at most 8, the longest side"),
+        ({"num_examples": 2**63 - 1}, "from 1 to 1099511627776 training examples"),
+        ({"rank": 2**20, "shapes": SHAPES | {"z": (2**24, 2**24)}}, "an adapter may have 4294967296 entries"),
         (
             {"shapes": SHAPES | {"layer.q": (5, 7)}},
             r"layer\.q must have shape \(6, 8\), as other clients have it, got \(5, 7\)",
@@ -173,3 +180,65 @@ def test_a_cut_counts_in_both_errors_of_the_certificate():
 def test_a_model_knows_whether_it_is_finite():
     assert GlobalModel(start=principal(SHAPES, 2)).is_finite()
     assert not GlobalModel(merged={"q": LowRankDelta(torch.full((1, 2), torch.nan), torch.ones(2, 1))}).is_finite()
+
+
+def test_a_name_that_another_has_but_for_its_case_is_refused():
+    _, records = run(fake_grid(RANKS, hello_faults={"dan": lambda h: replace(h, client_id="ANN")}))
+    assert "another node has already" in records[0][0].refused["ANN"]
+    assert records[0][0].clients.keys() == {"ann", "bob", "cleo"}
+
+
+def test_a_bad_reply_is_not_made_good_by_a_second_one():
+    grid = fake_grid(RANKS, {"bob": lambda reply: replace(reply, base_hash="other")})
+    answer = grid._answer
+
+    def twice(message):
+        reply = answer(message)
+        good = fake_grid(RANKS)._app(message=message, context=grid._contexts[message.metadata.dst_node_id])
+        return [reply, good] if message.metadata.group_id == "1:bob" else [reply]
+
+    grid.pull_messages = lambda ids: [reply for i in ids if i in grid._asked for reply in twice(grid._asked.pop(i))]
+    _, records = run(grid, rounds=1)
+    assert records[0][0].quarantined.keys() == {"bob"}
+    assert records[0][2].keys() == {"ann", "cleo", "dan"}
+
+
+def test_a_mistake_of_the_server_in_reading_a_reply_costs_that_client_alone(monkeypatch):
+    unpack = Reply.unpack_receipt
+
+    def stumble(content):
+        if content.config_records["receipt"]["client_id"] == "bob":
+            raise TypeError("nobody thought of this")
+        return unpack(content)
+
+    monkeypatch.setattr(Reply, "unpack_receipt", stumble)
+    _, records = run(fake_grid(RANKS), rounds=1)
+    assert records[0][0].quarantined == {"bob": "the reply cannot be read: TypeError: nobody thought of this"}
+    assert records[0][2].keys() == {"ann", "cleo", "dan"}
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "\x1b[2J\x1b[H", "a\r\nb", "\u202egnp.exe", "\0" * 500, "\ud800"])
+def test_a_reason_is_one_printable_line_of_some_length(text):
+    reason = reason_of(text)
+    assert reason.isprintable()
+    assert 0 < len(reason) <= LONGEST_REASON
+    assert reason_of("a plain reason: über 3 × 4") == "a plain reason: über 3 × 4"
+
+
+def test_a_client_that_is_all_but_alone_in_the_mean_is_named(caplog):
+    grid = fake_grid(
+        RANKS,
+        {"ann": lambda reply: replace(reply, num_examples=10**6)},
+        {"ann": lambda hello: replace(hello, num_examples=10**6)},
+    )
+    with caplog.at_level(30, "flwr"):
+        run(grid, rounds=1)
+    assert "round 1 is all but ann's alone: p_k = 1.000" in caplog.text
+
+
+def test_a_hostile_reason_is_text_in_the_report():
+    reason = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    page = render({"title": reason, "runs": [{"rounds": [{"quarantined": {"ann": reason}}]}]})
+    assert reason not in page
+    assert "<script>alert" not in page
+    assert "<img" not in page

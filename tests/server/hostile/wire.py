@@ -7,7 +7,7 @@ code that a deployed ServerApp runs. What a client may do to its objects, it doe
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -149,7 +149,3 @@ def grid_of(clients: Mapping[int, Client]) -> HttpGrid:
     grid._client = SuperLink(clients)
     grid.set_run(Run.create_empty(RUN_ID))
     return grid
-
-
-def reply_to(message: Message, content: RecordDict) -> Message:
-    return Message(content, reply_to=message)
