@@ -158,7 +158,7 @@ def _server(patient: Patient) -> Iterator[Finding]:
     yield Finding("server", True, f"{patient.server} answers over TLS")
     fleet, control = answers["fleet/get-run"], answers["control/list-runs"]
     cure = "the address must be the server's proxy (docker/nginx.conf) or a SuperLink"
-    yield Finding("Fleet API", fleet.status_code in (400, 401, 422), f"answers with {fleet.status_code}", cure)
+    yield Finding("Fleet API", fleet.status_code in (400, 401, 415, 422), f"answers with {fleet.status_code}", cure)
     cure = "anybody who reaches it can run code on every client: put the proxy of docker/compose.yml in front"
     yield Finding("Control API", control.status_code in (403, 404), f"answers with {control.status_code}", cure)
     if when := fleet.headers.get("date"):

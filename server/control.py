@@ -4,6 +4,7 @@ Imports the standard library alone: the owner of a simulation's SuperLink, a sma
 """
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -146,13 +147,28 @@ def _stream(run_id: int, connection: str) -> Iterator[str]:
 
 
 def list_nodes(connection: str) -> list[dict[str, Any]]:
-    """The SuperNodes that are registered, as Flower describes them."""
-    return list(ask("supernode", "list", connection, "--verbose")["nodes"])
+    """The SuperNodes that are registered, as Flower describes them, with the name they were let in by.
+
+    Flower's list leaves the names out, so they are kept in its home, by the node's id.
+    """
+    known = _names()
+    nodes = ask("supernode", "list", connection, "--verbose")["nodes"]
+    return [{**node, "name": known.get(str(node["node-id"]), "")} for node in nodes]
+
+
+def _names_file() -> Path:
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "corolla-nodes.json"
+
+
+def _names() -> dict[str, str]:
+    file = _names_file()
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def add_node(public_key: Path, name: str, connection: str) -> None:
     """Lets the node with this key in. Raises ControlError where the key is in use already."""
-    ask("supernode", "register", str(public_key), connection, "--name", name)
+    answer = ask("supernode", "register", str(public_key), connection, "--name", name)
+    _names_file().write_text(json.dumps({**_names(), str(answer["node-id"]): name}, indent=2))
 
 
 def remove_node(node_id: int, connection: str) -> None:

@@ -15,11 +15,21 @@ from corolla.client.secure.session import Session, keys_of, text_of
 SESSION, PLAN, CHANGE = (f"corolla.secure.{name}" for name in ("session", "plan", "change"))
 """The records of a node's state with the secrets, with what is summed, and with what was trained."""
 
+OPENED = "corolla.secure.opened"
+"""The record with the last round of a run whose sum this client helped to open; it stays."""
+
 
 def publish_keys(content: RecordDict, state: RecordDict, client: str) -> RecordDict:
-    """Begins a round: fresh secrets, and what was left of another round is gone."""
+    """Begins a round: fresh secrets, and what was left of another round is gone.
+
+    Raises ValueError for a round that was opened before: training is seeded, so two sums of it over different clients
+    would give the difference away.
+    """
     forget(state)
     asked = config(content, "secure", "run", "round")
+    opened = state.config_records.get(OPENED, {})
+    if opened.get("run") == asked["run"] and int(asked["round"]) <= int(opened["round"]):
+        raise ValueError(f"a round is summed once, got round {asked['round']} after round {opened['round']} was opened")
     session = Session.new(client, str(asked["run"]), int(asked["round"]))
     _remember(state, session)
     return RecordDict({"keys": ConfigRecord({"json": text_of({client: session.public()})})})
@@ -78,6 +88,7 @@ def reveal_shares(content: RecordDict, state: RecordDict) -> RecordDict:
     """One share for each client of the pass; after the second pass everything is forgotten."""
     session, shares = _session(state).reveal(_names(content, "survivors"))
     _remember(state, session)
+    state.config_records[OPENED] = ConfigRecord({"run": session.run, "round": session.round})
     if session.step == "revealed 2":
         forget(state)
     return RecordDict({"shares": ConfigRecord({**shares})})

@@ -130,8 +130,7 @@ def test_the_proxy_lets_nodes_reach_the_fleet_api_alone(live, path):
 
 
 def test_the_proxy_passes_the_fleet_api_and_the_superlink_asks_for_a_key(live):
-    assert post(live, "/v1/fleet/get-run") in (400, 401, 403, 422)
-    assert post(live, "/v1/fleet/get-run") != 403
+    assert post(live, "/v1/fleet/get-run") in (400, 401, 415, 422)
     assert post(live, "/v1/control/list-runs", "superlink") not in (403, 404)  # what the proxy keeps away from
 
 
@@ -161,7 +160,6 @@ def test_a_stranger_and_a_revoked_node_are_refused(live, tmp_path):
     while time.monotonic() < until and live.running["node-3"].poll() is None:
         time.sleep(0.5)
     assert live.running.pop("node-3").poll() not in (None, 0)
-    assert live.corolla("nodes", "--federation=prod").count("online") == 2
     live.corolla("nodes", "--federation=prod", "remove", "node-3")
     live.start("node-3")
     while time.monotonic() < until + 60 and live.running["node-3"].poll() is None:

@@ -11,6 +11,7 @@ import torch
 from corolla.aggregation import build_method, client_weights, whole
 from corolla.aggregation.whole_modules import aggregate_round
 from corolla.client.secure.protocol import END, KEYS, PROJECT, REVEAL, SHARES, TRAIN
+from corolla.client.secure.stages import OPENED
 from corolla.server.secure import SumSettings
 from corolla.server.secure_strategy import SecureFederatedLoRA
 from corolla.server.strategy import FederatedLoRA, Sampling
@@ -196,7 +197,7 @@ def test_one_or_two_lost_between_the_passes_fail_the_round_and_the_next_goes_on(
     assert "the node is gone" in failed.quarantined["eve"]
     assert record.successful
     assert strategy.model.round == 1
-    assert all(not state for state in federation.states.values())  # nothing is kept of either round
+    assert all(set(state) <= {OPENED} for state in federation.states.values())  # nothing is kept of either round
 
 
 TEN = tuple(f"c{i}" for i in range(10))
@@ -298,11 +299,31 @@ def test_a_number_beyond_the_clip_is_refused_on_the_client_with_the_cure():
 def test_nothing_stays_in_a_clients_memory_after_the_round():
     federation = SecureFederation()
     run(federation)
-    assert all(not state for state in federation.states.values())
+    assert all(set(state) <= {OPENED} for state in federation.states.values())
     federation = SecureFederation(faults={("ann", f"after {REVEAL}"): flip("shares", "dan")})
     run(federation)
-    assert all(not state for state in federation.states.values())
+    assert all(set(state) <= {OPENED} for state in federation.states.values())
     assert any(kind == f"to {END}" for kind, _, _ in federation.seen)
+
+
+def test_a_round_that_was_opened_is_not_summed_again():
+    """Its training is seeded: over one client less, the difference of two sums would be that client's."""
+    federation = SecureFederation()
+    run(federation, run_id="ab")
+    _, [(record, _, _), (later, _, _)] = run(federation, run_id="ab", rounds=2)
+    assert not record.successful
+    assert "round is summed once, got round 1 after round 1 was opened" in record.quarantined["ann"]
+    assert later.successful
+    _, [(record, _, _)] = run(federation, run_id="cd")
+    assert record.successful
+
+
+def test_masks_differ_and_the_model_does_not():
+    one, other = SecureFederation(), SecureFederation()
+    (first, _), (second, _) = run(one, rounds=2), run(other, rounds=2)
+    assert first.model.digest() == second.model.digest()
+    sent = [[c["masked"]["vector"].data for k, _, c in f.seen if k == f"from {TRAIN}"] for f in (one, other)]
+    assert not set(sent[0]) & set(sent[1])
 
 
 def test_bytes_are_proportional_to_the_sketch_and_recorded():

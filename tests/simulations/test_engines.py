@@ -32,6 +32,14 @@ def test_ray_gives_the_same_adapter(in_process, tiny_folder, tmp_path):
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_ray_sums_securely_to_the_same_adapter(tiny_folder, tmp_path):
+    """The clients' secrets last from message to message in their nodes' memory, in whichever process they are answered."""
+    one = simulate(tiny_config(tiny_folder, tmp_path / "one", secure={"sums": True}))
+    ray = simulate(tiny_config(tiny_folder, tmp_path / "ray", secure={"sums": True}, run={"backend": "ray"}))
+    assert ray.model.digest() == one.model.digest()
+    assert [line["successful"] for line in ray.metrics if line["kind"] == "round"] == [True, True]
+
+
 def test_a_failure_on_ray_is_an_error_here(tiny_folder, tmp_path):
     targets = [["q_proj"], ["v_proj"], ["q_proj"]]  # only the clients know which modules these names find
     clients = {"ranks": 4, "target_modules": targets}
