@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -27,7 +28,7 @@ def publish_keys(content: RecordDict, state: RecordDict, client: str) -> RecordD
     """
     forget(state)
     asked = config(content, "secure", "run", "round")
-    opened = state.config_records.get(OPENED, {})
+    opened: dict[str, Any] = dict(state.config_records.get(OPENED) or {})
     if opened.get("run") == asked["run"] and int(asked["round"]) <= int(opened["round"]):
         raise ValueError(f"a round is summed once, got round {asked['round']} after round {opened['round']} was opened")
     session = Session.new(client, str(asked["run"]), int(asked["round"]))
