@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
 from corolla.aggregation import LowRankDelta, LowRankState, ranks
@@ -112,6 +113,17 @@ def _require_same(sent: LowRankState, loaded: LowRankState, layers: Mapping[str,
 def _some(names: Collection[str], most: int = 4) -> str:
     shown = ", ".join(sorted(names)[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear module, adapted or not; the model may be on torch's meta device."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes
 
 
 def target_shapes(base: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, int]]:

@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 MARK = "corolla"
-"""The key that tells our lines from others; its value is the kind of event."""
+"""The key that tells our lines from others, in place of `kind`."""
 
 
 def emit(line: Mapping[str, Any]) -> None:
     """Prints an event; `kind` is what it tells of."""
-    print(json.dumps({MARK: line["kind"], **line}), flush=True)
+    rest = {name: value for name, value in line.items() if name != "kind"}
+    print(json.dumps({MARK: line["kind"], **rest}), flush=True)
 
 
 def read_event(text: str) -> dict[str, Any] | None:
@@ -28,7 +29,7 @@ def read_event(text: str) -> dict[str, Any] | None:
         event = json.loads(text)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and MARK in event else None
+    return {"kind": event.pop(MARK), **event} if isinstance(event, dict) and MARK in event else None
 
 
 class JsonFormatter(logging.Formatter):

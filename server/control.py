@@ -147,13 +147,17 @@ def _stream(run_id: int, connection: str) -> Iterator[str]:
 
 
 def list_nodes(connection: str) -> list[dict[str, Any]]:
-    """The SuperNodes that are registered, as Flower describes them, with the name they were let in by.
+    """The SuperNodes that may join: node-id, the name they were let in by, status, and since when they have that.
 
     Flower's list leaves the names out, so they are kept in its home, by the node's id.
     """
     known = _names()
-    nodes = ask("supernode", "list", connection, "--verbose")["nodes"]
-    return [{**node, "name": known.get(str(node["node-id"]), "")} for node in nodes]
+    found = []
+    for node in ask("supernode", "list", connection)["nodes"]:
+        if node["status"] not in ("unregistered", "deleted"):
+            since = node.get(f"{node['status']}-at") or node["created-at"]
+            found.append({**node, "name": known.get(str(node["node-id"]), ""), "since": since})
+    return found
 
 
 def _names_file() -> Path:

@@ -1,9 +1,10 @@
 """A run on a deployed federation, from its operator's side: begun, followed, asked after."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from corolla.client.events import read_event
 from corolla.server import control
@@ -32,14 +33,7 @@ def find_run(connection: str, run_id: int | None) -> int:
         return run_id
     if not (runs := control.list_runs(connection)):
         raise control.ControlError("a federation with a run was needed, got one without any: corolla run begins one")
-    return max(runs, key=lambda run: str(run.get("timeline", run).get("pending-at", run.get("pending-at", ""))))[
-        "run-id"
-    ]
-
-
-def stop(run_id: int, connection: str) -> None:
-    """Stops a run."""
-    control.stop_run(run_id, connection)
+    return int(max(runs, key=lambda run: str(run["pending-at"]))["run-id"])
 
 
 @dataclass
@@ -75,7 +69,7 @@ def read_status(connection: str, run_id: int | None = None) -> RunStatus:
     return found
 
 
-def _take(found: RunStatus, event: dict) -> None:  # type: ignore[type-arg]
+def _take(found: RunStatus, event: Mapping[str, Any]) -> None:
     if event.get("kind") == "begin":
         found.rounds = event["rounds"]
     if event.get("kind") != "round":

@@ -20,8 +20,10 @@ from corolla.adapters import (
     Base,
     FolderFacts,
     base_hash,
+    empty_model,
     export_adapter,
     find_base,
+    linear_shapes,
     principal_components,
     read_peft_folder,
     write_peft_folder,
@@ -31,6 +33,7 @@ from corolla.aggregation import (
     Budget,
     DenseDelta,
     GlobalModel,
+    Shapes,
     compress_adapter,
     low_rank,
     measure_noise,
@@ -166,6 +169,7 @@ def build_strategy(
         privacy=config.private(),
         evaluate=run.evaluate,
         base_hash=_base_hash(config),
+        modules=_modules(config),
         principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
@@ -194,6 +198,14 @@ def _base_hash(config: Config) -> str:
     except FileNotFoundError as error:
         log(30, "the server has no base of its own, so the clients' counts: %s", error)
         return ""
+
+
+def _modules(config: Config) -> Shapes | None:
+    """The linear modules of this machine's base; None without one."""
+    try:
+        return linear_shapes(empty_model(find_base(config.model.name), head=head_of(config.train, config.data)))
+    except FileNotFoundError:
+        return None  # _base_hash has said so
 
 
 def _base(config: Config) -> Base:

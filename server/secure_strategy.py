@@ -57,8 +57,15 @@ class SecureFederatedLoRA(FederatedLoRA):
         except SecureSumFailed as error:
             self._failed = str(error)
             return []
-        self._plan = self._make_plan(sealed)
-        told = ConfigRecord({"plan": self._plan.to_json()})
+        plan = self._make_plan(sealed)
+        if (size := max(plan.sizes()) * plan.bits / 8) > self.largest_message * 2**30:
+            self._failed = (
+                f"a message must have at most run.largest_message = {self.largest_message:g} GiB, got masked sketches "
+                f"of {size / 2**30:.2f} GiB: set secure.sketch to a smaller number, or secure.bits = 32"
+            )
+            return []
+        self._plan = plan
+        told = ConfigRecord({"plan": plan.to_json()})
         return [self._secure(asked[client], told, shares) for client, shares in sealed.items()]
 
     def _secure(self, message: Message, told: ConfigRecord, sealed: Mapping[str, bytes]) -> Message:

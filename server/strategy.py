@@ -108,6 +108,7 @@ def weighted_mean(clients: Mapping[str, Mapping[str, Any]], name: str, weight: s
 class FederatedLoRA(Strategy):
     """Flower's rounds around a `Method` of corolla.aggregation.
 
+    `modules` are the base's linear modules with (out, in), None where the server has no base to know them by.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
     `min_replies` sound ones leave the model as it is. `judge` chooses what the method is given of the sound ones.
@@ -135,6 +136,7 @@ class FederatedLoRA(Strategy):
         download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
         base_hash: str = "",
+        modules: Shapes | None = None,
         principal: Principal = no_principal,
         noise: NoiseOf | None = None,
         judge: Judge = trust,
@@ -153,7 +155,7 @@ class FederatedLoRA(Strategy):
         self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, privacy or sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
-        self.largest_message = largest_message
+        self.largest_message, self.modules = largest_message, modules
         self.fleet = Fleet(settings, base_hash, deadline)
         self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged
@@ -216,7 +218,14 @@ class FederatedLoRA(Strategy):
             self.model = GlobalModel(merged, model.start, 0, self.fleet.base_hash, model.method_state)
 
     def _admit(self, hello: Hello) -> None:
-        """Raises Rejected for a client that cannot join the federation as it is by now."""
+        """Raises Rejected for a client that cannot join the federation as it is by now.
+
+        A module that the base lacks, once it is merged, would fail every other client's download.
+        """
+        for module, shape in {**hello.shapes, **hello.heads}.items():
+            known = (self.modules or {}).get(module)
+            if self.modules and (known is None or (module in hello.shapes and known != shape)):
+                raise Rejected(f"modules must be linear ones of the base, got {module} of shape {shape}: not there")
         if self.model is None:
             return
         try:

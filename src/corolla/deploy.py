@@ -110,10 +110,10 @@ def status(federation: Federation, run_id: RunId = None) -> None:
 def stop(federation: Federation, run_id: RunId = None) -> None:
     """Stop a run. What its rounds made is kept: corolla run --resume goes on with it."""
     with exit_codes():
-        from corolla.server import deployed
+        from corolla.server import control, deployed
 
         chosen = deployed.find_run(federation, run_id)
-        deployed.stop(chosen, federation)
+        control.stop_run(chosen, federation)
         console.print(f"run {chosen} is stopped", highlight=False)
 
 
@@ -128,9 +128,7 @@ def nodes(context: typer.Context, federation: Federation) -> None:
 
         table = Table("name", "node id", "status", "since", box=None)
         for node in control.list_nodes(federation):
-            table.add_row(
-                *(escape(str(node.get(key, ""))) for key in ("name", "node-id", "status", "status-changed-at"))
-            )
+            table.add_row(*(escape(str(node.get(key, ""))) for key in ("name", "node-id", "status", "since")))
         console.print(table)
 
 

@@ -9,6 +9,7 @@ from corolla.adapters import (
     AdapterSpec,
     FolderFacts,
     attached,
+    linear_shapes,
     read_adapter,
     read_peft_folder,
     target_shapes,
@@ -187,3 +188,10 @@ def test_a_folder_that_is_none_says_so(tmp_path):
         read_peft_folder(tmp_path)
     with pytest.raises(ValueError, match="at least one component"):
         write_peft_folder({}, tmp_path, FolderFacts("tiny"))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_linear_modules_of_a_base_hold_all_that_can_be_adapted(make):
+    model = make()
+    adapted = target_shapes(model, AdapterSpec(2, 2.0, "all-linear"))
+    assert adapted.items() <= linear_shapes(model).items()

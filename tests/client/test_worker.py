@@ -174,7 +174,7 @@ def test_the_client_app_never_imports_torch_and_a_crash_is_told(socket, tiny_fol
             assert "listens" in process.stdout.readline()
             assert said() == ["here", "False False"]
             asked, event = (json.loads(process.stdout.readline()) for _ in range(2))
-            assert asked["kind"] == "question"
+            assert asked["corolla"] == "question"
             assert event["what"] == "hello"
             assert event["client"] == "here"
         finally:

@@ -4,6 +4,7 @@ A host name becomes 127.0.0.1 with a port of its own, a mounted path the folder 
 is ended by its id; one that a service starts goes with it (they share a process group).
 """
 
+import json
 import os
 import re
 import signal
@@ -18,10 +19,33 @@ from pathlib import Path
 import psutil
 import yaml
 
+from corolla.client.config import client_name
 from corolla.server.keys import write_keys
 
 DOCKER = Path(__file__).parents[2] / "docker"
 PORT = {"superlink": 8000, "proxy": 8443}
+
+
+SETTINGS = {
+    "data.train": "tasks", "data.tasks_train": 8, "data.tasks_held_out": 2, "clients.count": 3,
+    "clients.ranks": [2, 4, 8], "train.local_steps": 2, "train.batch_size": 2, "run.rounds": 2, "run.threads": 1,
+    "run.deadline": 240, "adapter.target_modules": ["q_proj", "v_proj"], "run.keep_replies": True,
+}  # fmt: skip
+
+
+def write_config(path: Path, model: Path, **changes: object) -> Path:
+    """A configuration of the tiny model on generated tasks, as TOML."""
+    nested: dict[str, list[str]] = {}
+    for key, value in {**SETTINGS, "model.name": str(model), **changes}.items():
+        section, name = key.split(".")
+        nested.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
+    path.write_text("\n".join("\n".join([f"[{s}]", *lines]) for s, lines in nested.items()))
+    return path
+
+
+def as_simulated(k: int) -> dict[str, str]:
+    """Node number k under the name that the simulation gives its client."""
+    return {f'name="node-{k}"': f'name="{client_name(k - 1)}"'}
 
 
 def free_port() -> int:
@@ -58,7 +82,8 @@ class Federation:
             if inside == target or inside.startswith(target + "/"):
                 if not source.startswith(("/", ".")):
                     source = str(self.folder / source)
-                    Path(source).mkdir(exist_ok=True, mode=0o700)
+                    Path(source).mkdir(exist_ok=True)
+                    Path(source).chmod(0o1777)  # as a new volume is: the image's folder, open to every user
                 return Path(source.replace("./", f"{DOCKER}/", 1) + inside.removeprefix(target))
         raise KeyError(f"{inside} must be on a volume of {service}")
 

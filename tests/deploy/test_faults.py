@@ -11,21 +11,9 @@ import pytest
 from corolla import simulate
 from corolla.client.config import client_name
 from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, federation
-from tests.deploy.test_federation import as_simulated, write_config
+from tests.deploy.federation import Federation, as_simulated, write_config
 
 pytestmark = pytest.mark.deploy
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory, tiny_folder):
-    """Three clients with their workers."""
-    folder = tmp_path_factory.mktemp("faults")
-    with federation(folder, tiny_folder, folder) as found:
-        found.start_server()
-        for k in (1, 2, 3):
-            found.start_client(k, as_simulated(k))
-        yield found
 
 
 def begin(live: Federation, model: Path, name: str, **changes: object) -> RunFolder:
@@ -135,7 +123,7 @@ def test_a_superlink_restarted_with_its_database_ends_the_run(live, tiny_folder,
 def test_a_crashed_worker_is_told_and_the_next_round_is_fine(live, tiny_folder):
     folder = begin(live, tiny_folder, "worker", **{"run.rounds": 4, "run.evaluate": "never", "train.local_steps": 60})
     await_rounds(live, folder, 1)
-    taken = '"corolla": "question", "kind": "question", "what": "train"'
+    taken = '"corolla": "question", "what": "train"'
     before = live.log("worker-1").count(taken)
     live.wait_for("round 2 at the worker", lambda: live.log("worker-1").count(taken) > before)
     live.kill("worker-1")

@@ -1,11 +1,9 @@
 """A whole federation of real processes, TLS and node authentication on, through the proxy: equal to the simulation."""
 
-import json
 import ssl
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,41 +12,9 @@ from corolla import simulate
 from corolla.client.config import client_name
 from corolla.client.events import read_event
 from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, federation
+from tests.deploy.federation import Federation, write_config
 
 pytestmark = pytest.mark.deploy
-
-SETTINGS = {
-    "data.train": "tasks", "data.tasks_train": 8, "data.tasks_held_out": 2, "clients.count": 3,
-    "clients.ranks": [2, 4, 8], "train.local_steps": 2, "train.batch_size": 2, "run.rounds": 2, "run.threads": 1,
-    "run.deadline": 240, "adapter.target_modules": ["q_proj", "v_proj"], "run.keep_replies": True,
-}  # fmt: skip
-
-
-def write_config(path: Path, model: Path, **changes: object) -> Path:
-    """A configuration of the tiny model on generated tasks, as TOML."""
-    nested: dict[str, list[str]] = {}
-    for key, value in {**SETTINGS, "model.name": str(model), **changes}.items():
-        section, name = key.split(".")
-        nested.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
-    path.write_text("\n".join("\n".join([f"[{s}]", *lines]) for s, lines in nested.items()))
-    return path
-
-
-def as_simulated(k: int) -> dict[str, str]:
-    """Node number k under the name that the simulation gives its client."""
-    return {f'name="node-{k}"': f'name="{client_name(k - 1)}"'}
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory, tiny_folder):
-    """Three clients with their workers."""
-    folder = tmp_path_factory.mktemp("deploy")
-    with federation(folder, tiny_folder, folder) as found:
-        found.start_server()
-        for k in (1, 2, 3):
-            found.start_client(k, as_simulated(k))
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +59,7 @@ def test_the_workers_answered_every_message(live, finished):
 def answers(live: Federation, k: int) -> list[dict]:
     """What the worker of node k answered."""
     events = [event for line in live.log(f"worker-{k}").splitlines() if (event := read_event(line))]
-    return [event for event in events if event["corolla"] == "answer"]
+    return [event for event in events if event["kind"] == "answer"]
 
 
 def test_status_and_nodes_tell_the_operator(live, finished):

@@ -349,3 +349,11 @@ def test_the_draw_of_clients_and_the_loss_are_those_in_the_clear():
     assert sorted(record.clients) == Sampling(clients_per_round=3).draw(RANKS, 0, 1)
     assert record.received_loss == 1.0
     assert issubclass(SecureFederatedLoRA, FederatedLoRA)
+
+
+def test_sketches_beyond_the_largest_message_fail_the_round_with_the_cure():
+    ranks = {"ann": 1, "bob": 2, "cleo": 3}  # in the clear every reply fits into 800 bytes
+    _, [(record, _, _)] = run(SecureFederation(ranks), largest_message=800 / 2**30)
+    assert "set secure.sketch to a smaller number" in record.update["failed"]
+    _, [(record, _, _)] = run(SecureFederation(ranks), largest_message=4000 / 2**30)
+    assert record.successful

@@ -249,3 +249,12 @@ def test_a_node_of_another_version_is_refused():
     _, records = run(grid, 1, clients=2)
     assert sorted(records[0][0].clients) == ["a"]
     assert "install the same version" in records[0][0].refused["b"]
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 9)])
+def test_a_module_that_the_base_lacks_is_refused_where_the_server_has_the_base(shape):
+    name = "layer.ghost" if shape == (6, 8) else "layer.v"
+    faults = {"b": lambda hello: replace(hello, shapes={**hello.shapes, name: shape})}
+    _, records = run(fake_grid({"a": 2, "b": 5}, hello_faults=faults), 1, clients=2, modules=SHAPES)
+    assert sorted(records[0][0].clients) == ["a"]
+    assert name in records[0][0].refused["b"]
