@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import RecordDict
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from corolla.adapters import open_base, quantized_bytes
 from corolla.adapters.base import QUANTIZATIONS
-from corolla.client import app as client_app
+from corolla.client import answers
 from corolla.client import plan as planning
 from corolla.client.afford import Limits
+from corolla.client.answers import Node
 from corolla.client.config import Expected
 from corolla.client.estimate import Work, estimate_memory
 from corolla.client.plan import HEADROOM, available_memory, expected_traffic, make_plan
@@ -278,26 +279,26 @@ def test_every_client_takes_the_rank_that_its_memory_allows(tiny_folder, tmp_pat
 
 def test_a_node_plans_once_and_its_own_memory_counts(tiny_folder, tmp_path, monkeypatch):
     config = tiny_config(tiny_folder, tmp_path, clients={"count": 1, "ranks": "auto", "max_rank": 8})
-    context = Context(1, 2, {"memory": 64.0}, RecordDict(), {})
+    node = Node({"memory": 64.0}, RecordDict())
     told = config.settings().model_dump_json()
-    assert client_app._open(told, context).rank == 8
+    assert answers._open(told, node).rank == 8
     found = {"micro_batch": 4, "accumulation": 1, "rank": 8, "declared": 8}
-    assert dict(context.state.config_records[client_app.LIMITS]) == found
+    assert dict(node.state.config_records[answers.LIMITS]) == found
     monkeypatch.setattr("corolla.client.local.make_plan", None)
-    again = client_app._open(told, context)
+    again = answers._open(told, node)
     assert (again.rank, again.limits.micro_batch) == (8, 4)
-    client_app._remember(context, again, Limits(1, 4, 2))  # as after running out of memory: it stays a client of rank 8
-    later = client_app._open(told, context)
+    answers._remember(node, again, Limits(1, 4, 2))  # as after running out of memory: it stays a client of rank 8
+    later = answers._open(told, node)
     assert (later.rank, later.limits) == (8, Limits(1, 4, 2))
     with pytest.raises(TypeError):
-        client_app._open(told, Context(1, 3, {"memory": 64.0}, RecordDict(), {}))
+        answers._open(told, Node({"memory": 64.0}, RecordDict()))
 
 
 @pytest.mark.parametrize("memory", [0, -1, "much"])
 def test_a_memory_that_is_none_is_refused(memory, tiny_folder, tmp_path):
     config = tiny_config(tiny_folder, tmp_path, clients={"count": 1, "ranks": "auto"})
     with pytest.raises(ValueError, match="memory of client-000 must be GiB above 0, got"):
-        client_app._open(config.settings().model_dump_json(), Context(1, 2, {"memory": memory}, RecordDict(), {}))
+        answers._open(config.settings().model_dump_json(), Node({"memory": memory}, RecordDict()))
 
 
 @pytest.mark.parametrize("device", ["cuda", "balanced"])
