@@ -186,8 +186,9 @@ def test_ten_thousand_hostile_replies():
     assert sum(seen) >= 10_000
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m == "flora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_mutation_by_itself(method):
+    """`play` asserts the verdict of each."""
     every = [Plan(rounds=((name,), ()), seed=i) for i, name in enumerate(TRAIN) if TRAIN[name].part == "adapter"]
     every += [Plan(damage=(kind, kind), seed=seed) for kind in DAMAGE for seed in range(4)]
     if method == "flora":  # what is no adapter is read alike under every method
