@@ -19,14 +19,15 @@ def test_what_prometheus_reads_is_what_the_lines_say(monkeypatch):
     take = serve_metrics()
     take({"kind": "evaluation"})
     take(LINE)
+    take(LINE)
     take({**LINE, "round": 5, "successful": False, "update": {}})
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         found = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
     assert float(found["corolla_round"]) == 5
     assert float(found["corolla_update_norm"]) == 0.5
     assert float(found["corolla_failed_rounds_total"]) == 1
-    assert float(found['corolla_quarantined_total{client="bob"}']) == 2
-    assert float(found['corolla_adapter_bytes_total{client="ann",way="up"}']) == 20
+    assert float(found['corolla_quarantined_total{client="bob"}']) == 3
+    assert float(found['corolla_adapter_bytes_total{client="ann",way="up"}']) == 30
 
 
 def test_without_an_address_nothing_is_served(monkeypatch):
