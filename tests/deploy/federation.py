@@ -122,12 +122,13 @@ class Federation:
             for old, new in node_config.items():
                 words = [word.replace(old, new) for word in words]
             own = self.services[service].get("environment", {})
+            own = {name: own[name] for name in ("HF_HUB_OFFLINE", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL") if name in own}
             log = (self.folder / f"{service}.log").open("ab")
             cwd = self.folder / "runs"
             cwd.mkdir(exist_ok=True)
             self.running[service] = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True,
-                env={**self.environment, **{k: v for k, v in own.items() if k == "HF_HUB_OFFLINE"}, **environment},
+                env={**self.environment, **own, **environment},
             )  # fmt: skip
 
     def kill(self, *services: str, number: int = signal.SIGKILL) -> None:

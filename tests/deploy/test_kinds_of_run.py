@@ -1,0 +1,70 @@
+"""Runs of other kinds on real processes: robust rules, differential privacy, secure sums, one that is stopped."""
+
+from pathlib import Path
+
+import pytest
+
+from corolla import simulate
+from corolla.client.config import client_name
+from corolla.server.folder import RunFolder
+from tests.deploy.federation import Federation, write_config
+
+pytestmark = pytest.mark.deploy
+
+
+def both(live: Federation, model: Path, folder: Path, name: str, **changes: object) -> tuple[RunFolder, RunFolder]:
+    """A run on the federation, and the same as a simulation."""
+    changes = {"run.evaluate": "never", **changes}
+    config = write_config(live.folder / f"{name}.toml", model, **{"run.out": name, **changes})
+    said = live.corolla("run", str(config), "--federation=prod", seconds=500)
+    assert "has completed" in said
+    simulated = simulate(write_config(folder / "run.toml", model, **{"run.out": str(folder / "run"), **changes}))
+    return RunFolder.open(live.folder / "runs" / name), RunFolder.open(simulated.folder)
+
+
+def rounds(folder: RunFolder) -> list[dict]:
+    """What the record says of each round."""
+    return [line for line in folder.lines() if line["kind"] == "round"]
+
+
+def test_the_clientapp_holds_no_torch_and_a_run_is_stopped(live, tiny_folder):
+    config = write_config(live.folder / "long.toml", tiny_folder, **{"run.out": "long", "run.rounds": 50,
+                          "run.evaluate": "never", "train.local_steps": 100})  # fmt: skip
+    live.corolla("run", str(config), "--federation=prod", "--detach")
+    live.wait_for("a train message at the worker", lambda: '"question", "what": "train"' in live.log("worker-1"))
+    (app,) = live.children("app-1", "flwr-clientapp")
+    mapped = Path(f"/proc/{app}/maps").read_text()
+    assert "libpython" in mapped or "python3" in mapped
+    assert "libtorch" not in mapped
+    assert "libtorch" in Path(f"/proc/{live.running['worker-1'].pid}/maps").read_text()
+    folder = RunFolder.open(live.folder / "runs" / "long")
+    live.wait_for("a round", lambda: len(rounds(folder)) >= 1)
+    live.corolla("stop", "--federation=prod")
+    live.wait_for("the run's end", lambda: "finished:stopped" in live.corolla("status", "--federation=prod"))
+    done = len(rounds(folder))
+    assert done < 50
+    assert folder.load().model.round == done
+
+
+def test_a_robust_rule_gives_the_simulations_model(live, tiny_folder, tmp_path):
+    ours, theirs = both(live, tiny_folder, tmp_path, "robust", **{"aggregation.robust": "geometric-median"})
+    assert ours.load().model.digest() == theirs.load().model.digest()
+    assert set(rounds(ours)[1]["update"]) == set(rounds(theirs)[1]["update"])
+
+
+def test_secure_sums_give_the_simulations_model(live, tiny_folder, tmp_path):
+    ours, theirs = both(live, tiny_folder, tmp_path, "secure", **{"secure.sums": True, "run.keep_replies": False})
+    assert ours.load().model.round == 2
+    assert ours.load().model.digest() == theirs.load().model.digest()
+    assert all(client_name(k) in rounds(ours)[1]["clients"] for k in range(3))
+
+
+def test_differential_privacy_keeps_its_account(live, tiny_folder, tmp_path):
+    ours, theirs = both(live, tiny_folder, tmp_path, "private", **{"aggregation.method": "ffa-lora",
+        "clients.ranks": 4, "privacy.noise_multiplier": 1.0, "privacy.clip_norm": 0.5, "run.keep_replies": False})  # fmt: skip
+    spent = [[line["update"]["epsilon"] for line in rounds(folder)] for folder in (ours, theirs)]
+    assert spent[0] == spent[1]
+    assert 0 < spent[0][0] < spent[0][1]
+    assert (
+        ours.load().model.digest() != theirs.load().model.digest()
+    )  # noise of the system's own source, never repeated
