@@ -164,7 +164,8 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
             for part in (samples[fifth : 2 * fifth], samples[-fifth:])
         )
         growth = late - early
-        table.add_row(service, f"{early:.1f}", f"{late:.1f}", f"{growth:+.1f}", f"{1024 * growth / (rounds - 1.5 * fifth):+.1f} KiB")  # fmt: skip
+        a_round = 1024 * growth / (rounds - 2 * fifth)
+        table.add_row(service, f"{early:.1f}", f"{late:.1f}", f"{growth:+.1f}", f"{a_round:+.1f} KiB")
     CONSOLE.print(table, f"{rounds} rounds of {clients} clients, {seconds / rounds:.1f} s each, {lost} replies lost")
 
 
