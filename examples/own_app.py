@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from corolla.adapters import AdapterSpec, attached, read_adapter, target_shapes
 from corolla.aggregation import FreshRows, GlobalModel, fill_adapter
 from corolla.client.protocol import Assignment, Hello, Reply
-from corolla.server.strategy import FederatedLoRA, RoundRecord
+from corolla.server.record import RoundRecord
+from corolla.server.strategy import FederatedLoRA
 
 client, server = ClientApp(), ServerApp()
 BASE = "my-model-v1"  # whatever names your base: clients with another one are refused

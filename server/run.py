@@ -42,13 +42,15 @@ from corolla.aggregation import (
 )
 from corolla.client.config import head_of
 from corolla.client.tasks import TASKS
-from corolla.server.config import Config, ConfigError, SecureConfig
+from corolla.server.config import Config, ConfigError
 from corolla.server.folder import Checkpoint, RunFolder
 from corolla.server.held_out import Judge, open_judge
+from corolla.server.record import RoundRecord
 from corolla.server.scores import average
+from corolla.server.sections import SecureConfig
 from corolla.server.secure import SumSettings
 from corolla.server.secure_strategy import SecureFederatedLoRA
-from corolla.server.strategy import FederatedLoRA, RoundRecord, Sampling
+from corolla.server.strategy import FederatedLoRA, Sampling
 from corolla.server.trackers import tracking
 
 Progress = Callable[[Mapping[str, Any]], None]

@@ -5,8 +5,8 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -51,8 +51,10 @@ from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, shar
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
 from corolla.server.privacy import Privacy
+from corolla.server.record import OnEvaluation, OnRound, RoundRecord, weighted_mean
 from corolla.server.round import OpenRound
 from corolla.server.scores import average
+from corolla.server.size import too_large
 from corolla.server.stream import Stream
 from corolla.server.validation import Rejected, check_evaluation, reason_of
 
@@ -72,37 +74,8 @@ class Sampling:
         return sorted(names[i] for i in order[:size])
 
 
-@dataclass(frozen=True)
-class RoundRecord:
-    """One round as it went; every line of metrics.jsonl is one of these or an evaluation."""
-
-    round: int
-    successful: bool
-    seconds: float
-    clients: Mapping[str, Mapping[str, Any]]
-    quarantined: Mapping[str, str]
-    update: Mapping[str, Any] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    noise: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def received_loss(self) -> float | None:
-        """Mean probe loss, by training examples, of the model that the clients received: the last round's outcome."""
-        return weighted_mean(self.clients, "loss_before", "num_examples")
-
-
 MOST_OF_THE_WEIGHT = 0.9
 """A client with more of it among three or more is named in the log: what it weighs is its own word."""
-
-OnRound = Callable[[RoundRecord, GlobalModel, Mapping[str, AdapterState]], None]
-OnEvaluation = Callable[[int, Mapping[str, Mapping[str, float]], Mapping[str, str]], None]
-
-
-def weighted_mean(clients: Mapping[str, Mapping[str, Any]], name: str, weight: str) -> float | None:
-    """Σ weight·value / Σ weight over the clients that report both, None where none does."""
-    pairs = [(c[weight], c[name]) for c in clients.values() if name in c and weight in c]
-    total = sum(w for w, _ in pairs)
-    return sum(w * v for w, v in pairs) / total if total else None
 
 
 class FederatedLoRA(Strategy):
@@ -250,35 +223,13 @@ class FederatedLoRA(Strategy):
         messages = []
         for client in chosen:
             part = share(reduced, rule, ranks[client], shapes[client])
-            if reason := self._too_large(client, part, rule):
+            if reason := too_large(self.fleet.clients[client], ranks[client], rule, part, self.largest_message):
                 self._round.leave_out(client, reason)
                 continue
             order = self._order(round_number, ranks[client], rule, version, part)
             self._round.ask(client, order, part)
             messages.append(self._message(Assignment(order, part.frozen, part.start), client, MessageType.TRAIN))
         return messages
-
-    def _too_large(self, client: str, part: ClientShare, rule: ClientRule) -> str | None:
-        """Why a client cannot be sent its share, or send its reply: messages have a largest size; None where it can."""
-        hello = self.fleet.clients[client]
-        rank = self._ranks()[client]
-        up = sum(4 * out * inner for out, inner in hello.heads.values())
-        for out, inner in hello.shapes.values():
-            up += 4 * (
-                out * inner
-                if "W" in rule.trains
-                else rank * (out * ("B" in rule.trains) + inner * ("A" in rule.trains))
-            )
-        for way, size, cure in (
-            ("download", part.nbytes, "set aggregation.download_rank, or aggregation.download_error higher"),
-            ("reply", up, "give the client a smaller rank, or fewer target modules"),
-        ):
-            if size > self.largest_message * 2**30:
-                return (
-                    f"a message must have at most run.largest_message = {self.largest_message:g} GiB, got a {way} of "
-                    f"{size / 2**30:.2f} GiB: {cure}"
-                )
-        return None
 
     def _order(self, round_number: int, rank: int, rule: ClientRule, version: str, part: ClientShare) -> Order:
         return Order(

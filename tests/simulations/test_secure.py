@@ -122,7 +122,7 @@ def test_what_does_not_go_with_secure_sums_is_refused_at_configuration(sections,
 
 
 def test_robust_rules_are_refused_where_there_are_any():
-    from corolla.server.config import AggregationConfig
+    from corolla.server.sections import AggregationConfig
 
     class Judging(AggregationConfig):
         robust: str = "krum"

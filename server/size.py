@@ -1,0 +1,27 @@
+"""How large a client's messages are, before they are sent."""
+
+from corolla.aggregation import ClientRule, ClientShare
+from corolla.client.protocol import Hello
+
+
+def upload_bytes(hello: Hello, rank: int, rule: ClientRule) -> int:
+    """Bytes of the reply of a client with this rank: what it trains of its modules, and its heads whole, in float32."""
+    whole = "W" in rule.trains
+    numbers = sum(out * inner for out, inner in hello.heads.values())
+    for out, inner in hello.shapes.values():
+        numbers += out * inner if whole else rank * (out * ("B" in rule.trains) + inner * ("A" in rule.trains))
+    return 4 * numbers
+
+
+def too_large(hello: Hello, rank: int, rule: ClientRule, share: ClientShare, largest: float) -> str | None:
+    """Why a client cannot be sent its share, or send its reply, in messages of `largest` GiB; None where it can."""
+    for way, size, cure in (
+        ("download", share.nbytes, "set aggregation.download_rank, or aggregation.download_error higher"),
+        ("reply", upload_bytes(hello, rank, rule), "give the client a smaller rank, or fewer target modules"),
+    ):
+        if size > largest * 2**30:
+            return (
+                f"a message must have at most run.largest_message = {largest:g} GiB, got a {way} of "
+                f"{size / 2**30:.2f} GiB: {cure}"
+            )
+    return None
