@@ -31,14 +31,15 @@ CONSOLE = Console(width=140)
 
 
 @contextmanager
-def serving(model: Path, clients: int, worker: bool = True) -> Iterator[Federation]:
-    """A federation of so many clients, with or without workers."""
+def serving(model: Path, clients: int, worker: bool = True, rank: int = 0) -> Iterator[Federation]:
+    """A federation of so many clients, with or without workers; `rank` is theirs instead of compose.yml's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with federation(folder, model, folder, clients) as found:
             found.start_server()
             for k in range(1, clients + 1):
                 config = as_simulated(k) if worker else {**as_simulated(k), " worker=": " unused="}
+                config |= {f" rank={2**k}": f" rank={rank}"} if rank else {}
                 found.start_client(k, config, worker)
             yield found
 
@@ -182,7 +183,7 @@ def large(gigabytes: float = 1.5) -> None:
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
-        with serving(model, 1) as live:
+        with serving(model, 1, rank=rank) as live:
             peaks = Peaks(live)
             folder = run(live, str(model), "large", **{"run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
                 "run.evaluate": "never", "train.local_steps": 1, "train.optimizer": "sgd", "run.deadline": 1500,

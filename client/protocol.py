@@ -7,13 +7,13 @@ type of their own, so that a stock strategy raises instead of averaging what it 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from corolla import __version__
 from corolla.aggregation import (
@@ -26,6 +26,7 @@ from corolla.aggregation import (
     delta_of,
     low_rank,
 )
+from corolla.client.bundle import Part, bundle, unbundle
 
 STYPE = "corolla.factor.v1"
 """Raw little-endian float32, row-major."""
@@ -45,18 +46,21 @@ MOST_NUMBERS, LONGEST_NAME = 10_000, 256
 """Of the metrics of one reply: they go to metrics.jsonl, the report and the trackers by name."""
 
 
-def pack_adapter(adapter: AdapterState, names: str = "AB") -> ArrayRecord:
-    """The tensors by `<module>/A` and `<module>/B`, as far as they are in `names`, or `<module>/W`."""
-    arrays = {}
+def pack_adapter(adapter: AdapterState, names: Collection[str] = "AB") -> ArrayRecord:
+    """The tensors by `<module>/A` and `<module>/B`, as far as they are in `names`, or `<module>/W`, in one bundle."""
+    parts = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():
-            if name not in names + WHOLE:
+            if name not in (*names, WHOLE):
                 continue
             array = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
-            arrays[f"{module}/{name}"] = Array(
-                dtype="float32", shape=tuple(array.shape), stype=STYPE, data=array.tobytes()
-            )
-    return ArrayRecord(arrays)
+            parts[f"{module}/{name}"] = Part("float32", tuple(array.shape), STYPE, _bytes(array))
+    return bundle(parts.items())
+
+
+def _bytes(array: np.ndarray) -> Any:
+    """Its bytes without a copy."""
+    return memoryview(array).cast("B") if array.size else b""
 
 
 def unpack_adapter(record: ArrayRecord, held: LowRankState = {}) -> dict[str, Delta]:  # noqa: B006  (only read)
@@ -65,16 +69,16 @@ def unpack_adapter(record: ArrayRecord, held: LowRankState = {}) -> dict[str, De
     Raises ValueError, naming the key, for anything out of shape.
     """
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    for key in sorted(record):
+    for key, part in sorted(unbundle(record).items()):
         module, _, name = key.rpartition("/")
-        modules.setdefault(module or key, {})[name] = _unpack_array(key, record[key])
+        modules.setdefault(module or key, {})[name] = _unpack_array(key, part)
     whole = {
         module: held[module].tensors() | tensors if module in held else tensors for module, tensors in modules.items()
     }
     return {module: delta_of(module, tensors) for module, tensors in whole.items()}
 
 
-def _unpack_array(key: str, array: Array) -> torch.Tensor:
+def _unpack_array(key: str, array: Part) -> torch.Tensor:
     if array.stype != STYPE or array.dtype != "float32":
         raise ValueError(f"{key} must be float32 of type {STYPE}, got {array.dtype} of type {array.stype}")
     if len(array.shape) != 2 or not all(_is_whole(n) and 0 <= n <= LARGEST for n in array.shape):
@@ -87,7 +91,7 @@ def _unpack_array(key: str, array: Array) -> torch.Tensor:
 
 def adapter_bytes(record: ArrayRecord) -> int:
     """The bytes of all factors in a record, as sent."""
-    return sum(len(array.data) for array in record.values())
+    return sum(len(part.data) for part in unbundle(record).values())
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class Reply:
         """The reply, its fixed factors taken from `held`. Raises ValueError for a record missing or out of shape."""
         record, receipt = arrays_of(content), cls.unpack_receipt(content)
         named = {*receipt.trains, WHOLE}
-        if odd := [key for key in record if key.rpartition("/")[2] not in named]:
+        if odd := [key for key in unbundle(record) if key.rpartition("/")[2] not in named]:
             raise ValueError(f"the adapter must hold {receipt.trains} alone, got {odd[0]!r}")
         return replace(receipt, adapter=unpack_adapter(record, held))
 

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord
 
 from corolla import __version__
 from corolla.aggregation import AdapterState, Delta, Shapes
+from corolla.client.bundle import unbundle
 from corolla.client.protocol import WHOLE, Hello, Order, Reply
 from corolla.server.scores import EXAMPLES
 
@@ -70,13 +71,13 @@ def check_receipt(reply: Reply, hello: Hello, order: Order) -> None:
 def check_arrays(record: ArrayRecord, hello: Hello, order: Order) -> None:
     """Raises Rejected unless `record` has exactly the arrays of the order, by their names and declared shapes.
 
-    Before any of them is read: many names may share one array, so a small message could fill the memory.
+    Before any of them is read.
     """
     shapes = {**hello.shapes, **hello.heads}
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, array in record.items():
+    for key, part in unbundle(record).items():
         module, _, name = key.rpartition("/")
-        found.setdefault(module, {})[name] = array.shape
+        found.setdefault(module, {})[name] = part.shape
     if found.keys() != shapes.keys():
         odd = sorted(found.keys() ^ shapes.keys())
         raise Rejected(f"modules must be those of the client's hello, got a difference in {', '.join(odd[:4])}")

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla.aggregation import GlobalModel, LowRankDelta
+from corolla.client.bundle import BUNDLE, bundle, unbundle
+from corolla.client.bundle import STYPE as BUNDLE_TYPE
 from corolla.client.protocol import (
     Assignment,
     Hello,
@@ -60,20 +62,17 @@ def test_messages_come_back():
 
 def test_a_damaged_download_is_noticed():
     content = Assignment(order(), ADAPTER, {}).pack()
-    array = content.array_records["frozen"]["model.layers.0.q/B"]
-    content.array_records["frozen"]["model.layers.0.q/B"] = Array(
-        dtype=array.dtype, shape=array.shape, stype=array.stype, data=b"\1" + array.data[1:]
-    )
+    parts = unbundle(content.array_records["frozen"])
+    damaged = b"\1" + bytes(parts["model.layers.0.q/B"].data[1:])
+    parts["model.layers.0.q/B"] = replace(parts["model.layers.0.q/B"], data=damaged)
+    content["frozen"] = bundle(parts.items())
     with pytest.raises(ValueError, match="was damaged"):
         Assignment.unpack(content)
 
 
 def changed(key: str, **changes) -> ArrayRecord:
-    record = pack_adapter(ADAPTER)
-    array = record[key]
-    values = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes
-    record[key] = Array(**values)
-    return record
+    parts = unbundle(pack_adapter(ADAPTER))
+    return bundle((parts | {key: replace(parts[key], **changes)}).items())
 
 
 @pytest.mark.parametrize(
@@ -95,13 +94,39 @@ def test_factors_out_of_shape_are_refused_by_name(record, message):
 
 
 def test_a_factor_alone_or_of_another_name_is_refused():
-    record = pack_adapter(ADAPTER)
-    del record["model.layers.0.q/B"]
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.q needs the tensors A\+B or W, got A"):
-        unpack_adapter(record)
-    record = pack_adapter(ADAPTER)
-    record["extra"] = record["model.layers.0.q/A"]
+    parts = unbundle(pack_adapter(ADAPTER))
+    alone = parts.pop("model.layers.0.q/B")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.q needs the tensors A\+B or W.*, got A"):
+        unpack_adapter(bundle(parts.items()))
     with pytest.raises(ValueError, match=r"extra needs the tensors .*, got extra"):
+        unpack_adapter(bundle({**unbundle(pack_adapter(ADAPTER)), "extra": alone}.items()))
+
+
+def forged(head: bytes, rest: bytes = b"") -> ArrayRecord:
+    data = len(head).to_bytes(8, "little") + head + rest
+    return ArrayRecord({BUNDLE: Array(dtype="uint8", shape=(len(data),), stype=BUNDLE_TYPE, data=data)})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (ArrayRecord(), "must come as one of type corolla.bundle.v1, got none"),
+        (ArrayRecord({"x": Array("uint8", (1,), "numpy.ndarray", b"1")}), "got 'x' of type 'numpy.ndarray'"),
+        (ArrayRecord({BUNDLE: Array("uint8", (3,), BUNDLE_TYPE, b"abc")}), "must hold its list"),
+        (ArrayRecord({BUNDLE: Array("uint8", (9,), BUNDLE_TYPE, b"\xff" * 9)}), "must hold its list"),
+        (forged(b"{}"), "needs a list of arrays, got dict"),
+        (forged(b"[" * 100_000), "nested too deep|Expecting value"),
+        (forged(b"no json"), "Expecting value"),
+        (forged(b'[["m/A", "float32", [1, 1], "t", true]]'), "needs name, dtype, shape, type and bytes"),
+        (forged(b'[["m/A", "float32", [1, 1], "t", -4]]'), "needs name, dtype, shape, type and bytes"),
+        (forged(b"[7]"), "needs name, dtype, shape, type and bytes"),
+        (forged(b'[["m/A", "float32", [1, 1], "t", 4]]', b"12345"), "must hold 48 bytes by its list, got 49"),
+        (forged(b'[["m/A", "float32", [1, 1], "t", 4]]', b"123"), "must hold 48 bytes by its list, got 47"),
+        (forged(b'[["m/A", "f", [1, 1], "t", 1], ["m/A", "f", [1, 1], "t", 1]]', b"12"), "'m/A' twice"),
+    ],
+)
+def test_what_is_no_bundle_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
         unpack_adapter(record)
 
 

@@ -10,11 +10,12 @@ from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from corolla.aggregation import DenseDelta, FreshRows, LowRankDelta, fill_adapter
+from corolla.client.bundle import unbundle
 from corolla.client.protocol import Assignment, Hello, Reply
 from tests.aggregation.federations import move
 from tests.server.clients import BASE, SHAPES
 from tests.server.hostile.damage import damaged
-from tests.server.hostile.mutations import EVALUATE, HELLO, MARKUP, TRAIN, Mutation
+from tests.server.hostile.mutations import EVALUATE, HELLO, MARKUP, TRAIN, Mutation, bind, loosen
 from tests.server.hostile.wire import Parcel, parcel_of
 
 REASONS = ["", "x" * 2**20, MARKUP, "\0\n" * 1000, "[/]" * 100, "</script><img src=x onerror=alert(1)>"]
@@ -93,8 +94,13 @@ class Client:
         return parcel_of(Message(content, reply_to=message))
 
     def _mutate(self, content: RecordDict, mutations: Sequence[Mutation]) -> bool:
+        arrays = "adapter" in content and bool(mutations)
+        if arrays:
+            loosen(content)
         for mutation in mutations:
             mutation.change(content, self.rng)
+        if arrays:
+            bind(content)
         self.crew.cases += bool(mutations)
         return any(mutation.harmful for mutation in mutations)
 
@@ -179,7 +185,7 @@ def crew_of(plans: Sequence[Plan]) -> Crew:
 def _as_sent(content: RecordDict, moved):
     """The adapter that the content says, by numpy alone; what did not travel is as it was."""
     tensors = {m: dict(d.tensors()) for m, d in moved.items()}
-    for key, array in content.array_records["adapter"].items():
+    for key, array in unbundle(content.array_records["adapter"]).items():
         module, _, name = key.rpartition("/")
         tensors[module][name] = torch.from_numpy(np.frombuffer(array.data, "<f4").reshape(array.shape).copy())
     return {m: DenseDelta(**t) if "W" in t else LowRankDelta(**t) for m, t in tensors.items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from corolla.client.bundle import Part, bundle, unbundle
 from corolla.client.protocol import STYPE
 
 MARKUP = "[/bold][red]<script>alert(1)</script>\x1b[2J\r\n‮"
@@ -31,6 +32,18 @@ class Mutation:
 
 def array_of(array: Array, **changes) -> Array:
     return Array(**({"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes))
+
+
+def loosen(content: RecordDict) -> None:
+    """The adapter's bundle becomes its arrays, so that each can be changed."""
+    parts = unbundle(content.array_records["adapter"])
+    content["adapter"] = ArrayRecord({name: array_of(part, data=bytes(part.data)) for name, part in parts.items()})
+
+
+def bind(content: RecordDict) -> None:
+    """They become a bundle again, whatever they are now; what is no arrays any more stays."""
+    if arrays := content.array_records.get("adapter"):
+        content["adapter"] = bundle((name, Part(a.dtype, a.shape, a.stype, a.data)) for name, a in arrays.items())
 
 
 def _arrays(content: RecordDict) -> ArrayRecord:
