@@ -15,6 +15,7 @@ from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import FolderFacts, read_peft_facts, read_peft_folder, write_peft_folder
 from corolla.adapters.heads import Head, head_modules, head_shapes
+from corolla.adapters.kinds import KINDS, LORA, Kind, kind_shapes, on_weights, train_kind
 from corolla.adapters.lora import (
     LOCAL,
     MERGED,
@@ -36,7 +37,9 @@ from corolla.adapters.spec import AdapterSpec
 __all__ = [
     "DEMO",
     "DEVICE_MAPS",
+    "KINDS",
     "LOCAL",
+    "LORA",
     "MERGED",
     "PERSONAL",
     "QUANTIZATIONS",
@@ -44,6 +47,7 @@ __all__ = [
     "Base",
     "FolderFacts",
     "Head",
+    "Kind",
     "Penalty",
     "Source",
     "attach_empty",
@@ -58,7 +62,9 @@ __all__ = [
     "find_base",
     "head_modules",
     "head_shapes",
+    "kind_shapes",
     "linear_shapes",
+    "on_weights",
     "open_base",
     "open_tokenizer",
     "personal_beside",
@@ -71,6 +77,7 @@ __all__ = [
     "read_peft_folder",
     "tail_penalty",
     "target_shapes",
+    "train_kind",
     "without_adapters",
     "write_adapter",
     "write_peft_folder",

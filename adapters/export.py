@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.base import Base, Opening, load_model
-from corolla.adapters.carry import carrying
+from corolla.adapters.carry import added, carrying
 from corolla.adapters.folder import FolderFacts, write_peft_folder
 from corolla.adapters.heads import HEADS, TASK_TYPES, head_modules
 from corolla.aggregation import AdapterState, DenseDelta, low_rank
@@ -102,7 +102,9 @@ def merge_into(model: nn.Module, adapter: AdapterState) -> None:
             raise ValueError(f"merging needs a float32 master, got {weight.dtype} at {module}")
         if sum(weight is other for other in _weights(model)) > 1:
             raise ValueError(f"merging needs a weight of its own, got one shared with another module at {module}")
-        dense = delta.dense().T if isinstance(layer, Conv1D) else delta.dense()
+        flipped = isinstance(layer, Conv1D)
+        dense = added(delta, weight.T if flipped else weight).float()
+        dense = dense.T if flipped else dense
         if dense.shape[1] > weight.shape[1] and layer.bias is not None:
             layer.bias += dense[:, -1]
             dense = dense[:, :-1]

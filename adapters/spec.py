@@ -13,7 +13,8 @@ class AdapterSpec:
     """A LoRA in PEFT's terms. Raises ValueError for a rank below 1 or an alpha that is not positive.
 
     `target_modules` follows PEFT: "all-linear", a regular expression, or names that end a module's path.
-    Modules in `exclude` are left out, whatever the targets say. `alpha` is PEFT's lora_alpha; the scaling s is
+    Modules in `exclude` are left out, whatever the targets say. `kind` is one of `KINDS`, `seed` that of its random
+    bases. `alpha` is PEFT's lora_alpha; the scaling s is
     alpha / rank, or alpha / √rank with `rslora`.
     """
 
@@ -23,6 +24,8 @@ class AdapterSpec:
     rslora: bool = False
     dropout: float = 0.0
     exclude: tuple[str, ...] = ()
+    kind: str = "lora"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -6,8 +6,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from corolla.aggregation import dense, lowrank
-from corolla.aggregation.delta import AdapterState, Delta, DenseDelta, LowRankDelta
+from corolla.aggregation import dense, lowrank, rowscale
+from corolla.aggregation.delta import AdapterState, Delta, DenseDelta, LowRankDelta, RowScaleDelta
 from corolla.aggregation.lowrank import Budget
 
 D = TypeVar("D", bound=Delta)
@@ -23,6 +23,10 @@ class Rule(Protocol):
     @property
     def add(self) -> Any:
         """deltas -> Σ ΔW_i, exactly."""
+
+    @property
+    def after(self) -> Any:
+        """(before, change) -> both as one change of the first weight: their sum, where a change knows no weight."""
 
     @property
     def norm(self) -> Any:
@@ -53,7 +57,7 @@ class Rule(Protocol):
         """(delta, budget) -> (ΔW within the budget in float32, the error ‖ΔW − ·‖_F)."""
 
 
-RULES: Mapping[type, Rule] = {LowRankDelta: lowrank, DenseDelta: dense}
+RULES: Mapping[type, Rule] = {LowRankDelta: lowrank, DenseDelta: dense, RowScaleDelta: rowscale}
 """The rule of each kind. A new kind is a class in `delta`, a module like these two, and a line here."""
 
 
@@ -73,6 +77,17 @@ def _one_kind(deltas: Sequence[Delta]) -> type:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"changes of one module must be of one kind, got {names}")
     return kinds.pop() if kinds else LowRankDelta
+
+
+def after(before: AdapterState, change: AdapterState) -> dict[str, Delta]:
+    """`change`, made on top of `before`, and that itself, as one change of the base, module by module."""
+    both = add_adapters(
+        {m: before[m] for m in before.keys() - change.keys()}, {m: change[m] for m in change.keys() - before.keys()}
+    )
+    for module in before.keys() & change.keys():
+        kind = _one_kind([before[module], change[module]])
+        both[module] = RULES[kind].after(before[module], change[module])
+    return dict(sorted(both.items()))
 
 
 def norm(delta: Delta) -> float:

@@ -107,7 +107,9 @@ class LowRankDelta:
 
 @dataclass(frozen=True, eq=False)
 class DenseDelta:
-    """ΔW = W, (out, in): the change that full fine-tuning makes. Float32 where it is stored, float64 in between.
+    """ΔW = W, (out, in): the change that full fine-tuning makes, or coordinates in a basis that all clients share.
+
+    Float32 where it is stored, float64 in between.
 
     Raises ValueError for anything but a matrix of one of these types.
     """
@@ -150,9 +152,73 @@ class DenseDelta:
         return self.W
 
 
-DELTAS: Mapping[frozenset[str], type[LowRankDelta] | type[DenseDelta]] = {
+@dataclass(frozen=True, eq=False)
+class RowScaleDelta:
+    """ΔW = diag(d) W + B @ A, where W is the weight that it changes: DoRA, and whatever else scales rows.
+
+    d is (out, 1), one relative change a row; `factors` are A and B as in `LowRankDelta`. What it is by itself needs W
+    (`on`); all else is done in the coordinates (d, B A), in which ΔW is linear as long as W is the same for all. The
+    scales count as one component. Raises ValueError where the parts do not fit together.
+    """
+
+    d: Tensor
+    A: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        if self.d.shape != (self.factors.shape[0], 1) or self.d.dtype != self.A.dtype:
+            raise ValueError(
+                f"d must be {self.A.dtype} of shape {(self.factors.shape[0], 1)}, got {self.d.dtype} of shape "
+                f"{tuple(self.d.shape)}"
+            )
+
+    @property
+    def factors(self) -> LowRankDelta:
+        """B @ A."""
+        return LowRankDelta(self.A, self.B)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.factors.shape
+
+    @property
+    def rank(self) -> int:
+        """The components of B @ A, and one for the scales."""
+        return self.A.shape[0] + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return self.d.nbytes + self.A.nbytes + self.B.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales and factors."""
+        return {"d": self.d, "A": self.A, "B": self.B}
+
+    def double(self) -> "RowScaleDelta":
+        """The same in float64."""
+        return RowScaleDelta(self.d.double(), self.A.double(), self.B.double())
+
+    def single(self) -> "RowScaleDelta":
+        """The same in float32, contiguous."""
+        return RowScaleDelta(*(part.float().contiguous() for part in (self.d, self.A, self.B)))
+
+    def on(self, weight: Tensor) -> Tensor:
+        """ΔW on `weight` (out, in)."""
+        return self.d * weight + self.B @ self.A
+
+    def dense(self) -> Tensor:
+        """Raises ValueError: ΔW depends on the weight, see `on`."""
+        raise ValueError("a change that scales rows needs the weight that it changes: use on(weight)")
+
+
+AnyDelta = type[LowRankDelta] | type[DenseDelta] | type[RowScaleDelta]
+
+DELTAS: Mapping[frozenset[str], AnyDelta] = {
     frozenset("AB"): LowRankDelta,
     frozenset("W"): DenseDelta,
+    frozenset("dAB"): RowScaleDelta,
 }
 """The algebras by the names of their tensors."""
 
@@ -174,6 +240,11 @@ AdapterState = Mapping[str, Delta]
 
 LowRankState = Mapping[str, LowRankDelta]
 """An adapter that is low-rank throughout."""
+
+
+def is_low_rank(adapter: AdapterState) -> bool:
+    """Whether it is low-rank throughout."""
+    return all(isinstance(delta, LowRankDelta) for delta in adapter.values())
 
 
 def low_rank(adapter: AdapterState) -> LowRankState:

@@ -23,6 +23,11 @@ def add(deltas: Sequence[DenseDelta]) -> DenseDelta:
     return DenseDelta(total.to(deltas[0].W.dtype))
 
 
+def after(before: DenseDelta, change: DenseDelta) -> DenseDelta:
+    """Their sum: what is added does not depend on the weight that it is added to."""
+    return add([before, change])
+
+
 def distance(one: DenseDelta, other: DenseDelta) -> float:
     """‖one − other‖_F in float64."""
     return norm(DenseDelta(one.W.double() - other.W.double()))

@@ -89,6 +89,11 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     return first.as_strided(shape, first.stride()) if fits and first.stride(1) == 1 else None
 
 
+def after(before: LowRankDelta, change: LowRankDelta) -> LowRankDelta:
+    """Their sum: what is added does not depend on the weight that it is added to."""
+    return add([before, change])
+
+
 def distance(one: LowRankDelta, other: LowRankDelta) -> float:
     """‖one − other‖_F in float64, by QR. Where both have the same A, as a stack and its target do, B tells it all."""
     if one.rank == other.rank and torch.equal(one.A, other.A):

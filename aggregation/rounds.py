@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from corolla.aggregation.algebra import (
     adapter_norm,
     add_adapters,
+    after,
     compress,
     compress_adapter,
     norm,
@@ -72,22 +73,22 @@ def advance(
     update: GlobalUpdate,
     budget: Budget = Budget(),
 ) -> tuple[GlobalModel, Certificate]:
-    """The model after the round: merged + merge, re-factored; the start replaced, never added.
+    """The model after the round: merge on top of merged, re-factored; the start replaced, never added.
 
     Re-factoring drops what is numerically zero, so the rank stays at most min(out, in). A `budget` that cuts more
     than that makes the round not exact: the returned certificate has what was lost added to its error, an upper bound.
     """
-    merged, lost = compress_adapter(add_adapters(model.merged, update.merge), budget)
+    merged, lost = compress_adapter(after(model.merged, update.merge), budget)
     state = model.method_state if update.method_state is None else update.method_state
-    after = replace(model, merged=merged, start=update.start, round=model.round + 1, method_state=state)
-    proof = replace(update.certificate, rank=max(ranks(after.merged).values(), default=0))
+    moved = replace(model, merged=merged, start=update.start, round=model.round + 1, method_state=state)
+    proof = replace(update.certificate, rank=max(ranks(merged).values(), default=0))
     limited = budget.max_rank is not None or budget.max_error > 0
     if limited and lost > 1e-6 * adapter_norm(merged):
         reason = f"merged was cut to rank {budget.max_rank}, error {budget.max_error}: ‖lost‖ = {lost:.2e}"
         size = proof.error / proof.relative_error if proof.relative_error else adapter_norm(update.merge)
         error = proof.error + lost
         proof = replace(proof, exact=False, error=error, relative_error=error / size if size else error, reason=reason)
-    return after, proof
+    return moved, proof
 
 
 def whole(model: GlobalModel) -> AdapterState:

@@ -1,15 +1,18 @@
 """What an order makes of a model: the frozen part beside it, and L_k where local training begins."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from corolla.adapters import (
+    KINDS,
     LOCAL,
+    LORA,
     PERSONAL,
     AdapterSpec,
     attached,
@@ -18,6 +21,7 @@ from corolla.adapters import (
     personal_beside,
     read_adapter,
     read_dense,
+    train_kind,
 )
 from corolla.aggregation import (
     Delta,
@@ -54,13 +58,12 @@ class Part:
 class Attached:
     """A model with everything attached, and what is in it."""
 
-    def __init__(self, model: Any, base: nn.Module, trains: str, untrained: LowRankState) -> None:
-        self.model, self.base, self._trains, self._untrained = model, base, trains, untrained
+    def __init__(self, model: Any, base: nn.Module, adapter: Callable[[], Mapping[str, Delta]]) -> None:
+        self.model, self.base, self._adapter = model, base, adapter
 
     def read(self) -> dict[str, Delta]:
-        """L_k as it is now, in absolute factors, and the change of each head."""
-        factors: Mapping[str, Delta] = {} if self._trains == WHOLE else read_adapter(self.model)
-        return {**add_adapters(factors, self._untrained), **read_dense(self.base, LOCAL)}
+        """L_k as it is now, in absolute factors or in what was added to coordinates, and the change of each head."""
+        return {**self._adapter(), **read_dense(self.base, LOCAL)}
 
     def read_personal(self) -> dict[str, LowRankDelta]:
         """The part that stays here."""
@@ -69,28 +72,39 @@ class Attached:
 
 @contextmanager
 def trainable(base: nn.Module, assignment: Assignment, part: Part) -> Iterator[Attached]:
-    """`base` with the frozen part beside it and L_k before training, attached: a LoRA, or whole weights.
+    """`base` with the frozen part beside it and L_k before training, attached: an adapter, or whole weights.
 
     A classifier's head is trained whole in both cases, from no change at all. The base is put back as it was. Raises
     ValueError for a start that does not fit.
     """
     order = assignment.order
-    whole = {**part.shapes, **part.heads} if order.trains == WHOLE else part.heads
-    nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in whole.items()}
-    untrained: LowRankState = {}
+    heads, body = only(assignment.frozen, part.heads), without(assignment.frozen, part.heads)
+    whole = part.heads
+    adapter: Callable[[], Mapping[str, Delta]] = dict
     with ExitStack() as stack:
-        if order.trains == WHOLE:
+        if part.spec.kind != LORA:
+            stack.enter_context(carrying(base, heads))
+            kind, fresh = KINDS[part.spec.kind], FreshRows(order.seed, order.fresh_round, part.client)
+            model, adapter = stack.enter_context(train_kind(base, kind, part.spec, body, fresh))
+        elif order.trains == WHOLE:
+            whole = {**part.shapes, **part.heads}
             model = stack.enter_context(carrying(base, assignment.frozen))
         else:
-            stack.enter_context(carrying(base, only(assignment.frozen, whole)))
+            stack.enter_context(carrying(base, heads))
             start, untrained = _split(assignment, part)
-            frozen = low_rank(add_adapters(without(assignment.frozen, part.heads), _acting(untrained)))
+            frozen = low_rank(add_adapters(body, _acting(untrained)))
             spec = _same_scaling(part.spec, part.rank or order.rank)
             model = stack.enter_context(attached(base, spec, start, frozen, order.trains))
+            adapter = partial(_read_factors, model, untrained)
             if part.personal:
                 stack.enter_context(personal_beside(model, *part.personal))
+        nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in whole.items()}
         stack.enter_context(dense_beside(base, nothing, LOCAL, trains=True))
-        yield Attached(model, base, order.trains, untrained)
+        yield Attached(model, base, adapter)
+
+
+def _read_factors(model: Any, untrained: LowRankState) -> dict[str, Delta]:
+    return add_adapters(read_adapter(model), untrained)
 
 
 def _split(assignment: Assignment, part: Part) -> tuple[LowRankState, LowRankState]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from transformers.training_args import OptimizerNames
 
-from corolla.adapters import DEMO, AdapterSpec, Base, Head, open_base
+from corolla.adapters import DEMO, KINDS, LORA, AdapterSpec, Base, Head, open_base
 from corolla.client.tasks import TASKS
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -112,7 +112,9 @@ class DataConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The LoRA that clients attach; its rank is each client's own."""
+    """What clients attach: LoRA, or another kind of adapter; its rank is each client's own."""
+
+    kind: str = Field(LORA, description=f"lora, or one of {', '.join(KINDS)}: `corolla adapters` says what each sends")
 
     target_modules: Targets = Field(("q_proj", "v_proj"), description="PEFT's rule: names, a regex, or 'all-linear'")
     alpha: float | None = Field(None, gt=0, description="lora_alpha, the same for all ranks; unset: from scaling")
@@ -126,11 +128,22 @@ class AdapterConfig(Section):
     init_from: str | None = Field(None, description="a PEFT adapter folder: the starting point of the global model")
 
     def spec(
-        self, rank: int, targets: str | tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+        self, rank: int, targets: str | tuple[str, ...] | None = None, exclude: tuple[str, ...] = (), seed: int = 0
     ) -> AdapterSpec:
-        """The LoRA of a client of `rank`, on its own target modules where it has them, but not on those excluded."""
+        """The adapter of a client of `rank`, on its own target modules where it has them, but not on those excluded.
+
+        `seed` is the run's.
+        """
         alpha = self.alpha or self.scaling * (math.sqrt(rank) if self.rslora else rank)
-        return AdapterSpec(rank, alpha, targets or self.target_modules, self.rslora, self.dropout, exclude)
+        targets = targets or self.target_modules
+        return AdapterSpec(rank, alpha, targets, self.rslora, self.dropout, exclude, self.kind, seed)
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value not in (LORA, *KINDS):
+            raise ValueError(f"must be one of {', '.join((LORA, *KINDS))}")
+        return value
 
 
 class TrainConfig(Section):

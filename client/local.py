@@ -9,18 +9,31 @@ from typing import Any
 from torch import Tensor
 
 from corolla.adapters import (
+    KINDS,
     AdapterSpec,
     Base,
+    Kind,
     Penalty,
     carrying,
     find_base,
     head_shapes,
+    kind_shapes,
+    on_weights,
     open_tokenizer,
     proximal_penalty,
     tail_penalty,
     target_shapes,
 )
-from corolla.aggregation import FreshRows, LowRankState, Shapes, add_adapters, delta_of, fill_adapter, low_rank
+from corolla.aggregation import (
+    AdapterState,
+    FreshRows,
+    LowRankState,
+    Shapes,
+    add_adapters,
+    delta_of,
+    fill_adapter,
+    low_rank,
+)
 from corolla.client.afford import Limits, free_memory, is_out_of_memory
 from corolla.client.attach import Attached, Part, trainable
 from corolla.client.config import AUTO, ClientSettings, ModelConfig, TrainConfig, node_name, parse_targets
@@ -62,17 +75,34 @@ class Client:
 
     def spec(self, rank: int) -> AdapterSpec:
         """The LoRA that it attaches at `rank`, on everything but its head."""
-        return self.settings.adapter.spec(rank, self.targets, tuple(self._heads()))
+        return self.settings.adapter.spec(rank, self.targets, tuple(self._heads()), self.settings.seed)
 
     def _heads(self) -> Shapes:
         return head_shapes(self.base.model, self.base.head)
 
     def hello(self) -> Hello:
         """Who it is."""
-        return Hello(self.client_id, self.rank, self.base.hash, len(self.data.train), self._shapes(), self._heads())
+        shapes, basis = self._adapted()
+        who = self.client_id, self.kind.components(self.rank) if self.kind else self.rank
+        return Hello(*who, self.base.hash, len(self.data.train), shapes, self._heads(), basis=basis)
+
+    @property
+    def kind(self) -> Kind | None:
+        """What it attaches, None for LoRA."""
+        return KINDS.get(self.settings.adapter.kind)
+
+    def _adapted(self) -> tuple[Shapes, str]:
+        """The shapes of what it adapts, and the hash of the basis of its coordinates."""
+        if self.kind:
+            return _kind_shapes(self.base, self.spec(self.rank))
+        return _target_shapes(self.base, self.spec(1)), ""
 
     def _shapes(self) -> Shapes:
-        return _target_shapes(self.base, self.spec(1))
+        return self._adapted()[0]
+
+    def on_weights(self, frozen: AdapterState) -> AdapterState:
+        """What the global model changes of the base's weights."""
+        return on_weights(self.base.model, self.spec(self.rank), frozen)
 
     def train(self, assignment: Assignment) -> Reply:
         """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
@@ -94,8 +124,8 @@ class Client:
                 if not is_out_of_memory(error):
                     raise
                 tried, limits = limits, limits.halved()
-                if order.trains == WHOLE and limits and limits.rank < tried.rank:
-                    limits = None  # whole weights have no rank
+                if (order.trains == WHOLE or self.kind) and limits and limits.rank < tried.rank:
+                    limits = None  # whole weights have no rank, and that of other kinds is part of their basis
                 failures, last = failures + 1, str(error)
                 free_memory()
                 continue
@@ -151,7 +181,8 @@ class Client:
         if width := self.settings.adapter.personal_rank:
             fresh = FreshRows(order.seed, 0, f"{self.client_id}/{PERSONAL}")
             own = self.spec(width), fill_adapter(_adapter(personal), self._shapes(), width, fresh)
-        return Part(self.spec(order.rank), self._shapes(), self._heads(), client, rank, own)
+        spec = self.spec(self.rank if self.kind else order.rank)
+        return Part(spec, self._shapes(), self._heads(), client, rank, own)
 
     def evaluate(self, assignment: Assignment) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and score.
@@ -159,13 +190,14 @@ class Client:
         Where it has a personal adapter, the same with that added, as personal_<name>.
         """
         self._require_base(assignment)
-        found = self._evaluate(assignment.frozen)
-        with carrying(self.base.model, assignment.frozen) as model:
+        frozen = self.on_weights(assignment.frozen)
+        found = self._evaluate(frozen)
+        with carrying(self.base.model, frozen) as model:
             found["probe_loss"] = self._probe_loss(model)
         if self.settings.adapter.personal_rank:
             after = replace(assignment.order, round=assignment.order.round + 1)
             own = _adapter(under(self._kept(after), PERSONAL))
-            personal = self._evaluate(add_adapters(assignment.frozen, own)) if own else found
+            personal = self._evaluate(add_adapters(frozen, own)) if own else found
             found |= {f"personal_{k}": v for k, v in personal.items() if not k.startswith(("examples", "probe"))}
         return found
 
@@ -235,6 +267,11 @@ def _adapter(tensors: Mapping[str, Tensor]) -> LowRankState:
 @lru_cache(maxsize=16)
 def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
     return target_shapes(base.model, spec)
+
+
+@lru_cache(maxsize=16)
+def _kind_shapes(base: Base, spec: AdapterSpec) -> tuple[Shapes, str]:
+    return kind_shapes(base.model, KINDS[spec.kind], spec)
 
 
 def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits | None = None) -> Client:

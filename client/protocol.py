@@ -46,8 +46,8 @@ MOST_NUMBERS, LONGEST_NAME = 10_000, 256
 """Of the metrics of one reply: they go to metrics.jsonl, the report and the trackers by name."""
 
 
-def pack_adapter(adapter: AdapterState, names: Collection[str] = "AB") -> ArrayRecord:
-    """The tensors by `<module>/A` and `<module>/B`, as far as they are in `names`, or `<module>/W`, in one bundle."""
+def pack_adapter(adapter: AdapterState, names: Collection[str] = "ABd") -> ArrayRecord:
+    """The tensors by `<module>/A`, `<module>/B` and `<module>/d`, as far as they are in `names`, or `<module>/W`, in one bundle."""
     parts = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():
@@ -60,7 +60,7 @@ def pack_adapter(adapter: AdapterState, names: Collection[str] = "AB") -> ArrayR
 
 def _bytes(array: np.ndarray) -> Any:
     """Its bytes without a copy."""
-    return memoryview(array).cast("B") if array.size else b""
+    return array.data.cast("B") if array.size else b""
 
 
 def unpack_adapter(record: ArrayRecord, held: LowRankState = {}) -> dict[str, Delta]:  # noqa: B006  (only read)
@@ -98,8 +98,9 @@ def adapter_bytes(record: ArrayRecord) -> int:
 class Hello:
     """Who a node is: its name, the rank it declares, its base, its data and its modules.
 
-    `version` is its corolla's; `shapes` are (out, in) of the modules that it adapts, `heads` those of the modules that
-    it trains whole (one column more where they have a bias).
+    `version` is its corolla's; `shapes` are (out, in) of the modules that it adapts, or the shapes of its coordinates
+    where its adapter is no LoRA, and `basis` is then the hash of what they are coordinates in; `heads` are the shapes
+    of the modules that it trains whole (one column more where they have a bias).
     """
 
     client_id: str
@@ -109,6 +110,7 @@ class Hello:
     shapes: Shapes
     heads: Shapes = field(default_factory=dict)
     version: str = __version__
+    basis: str = ""
 
     def pack(self) -> RecordDict:
         """As the content of a reply to `query.hello`."""

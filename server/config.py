@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
-from corolla.adapters import read_peft_folder
+from corolla.adapters import LORA, AdapterSpec, read_peft_folder
 from corolla.aggregation import (
     Method,
     require_linear,
@@ -113,7 +113,32 @@ class Config(Section):
         self._robust_fits()
         if self.privacy.noise_multiplier:
             self._private_fits(method)
+        if self.adapter.kind != LORA:
+            self._kind_fits(method)
         return self
+
+    def _kind_fits(self, method: Method) -> None:
+        """Raises ValueError for what is made for LoRA, where clients attach another kind of adapter."""
+        ranks = set(self.clients.by_name().values())
+        for key, found, wanted, why in (
+            ("aggregation.method", method.name, "flora", "each kind has one exact rule, and that method applies it"),
+            ("aggregation.server_optimizer", self.aggregation.server_optimizer, "none", "it works on factors"),
+            ("aggregation.robust", self.aggregation.robust, "none", "the rules judge factors"),
+            ("aggregation.noise", self.aggregation.noise, False, "it compares what methods make of factors"),
+            ("privacy.noise_multiplier", self.privacy.noise_multiplier, None, "it clips factors"),
+            ("secure.sums", self.secure.sums, False, "it sketches factors"),
+            ("train.proximal", self.train.proximal, 0.0, "it measures factors"),
+            ("train.task", self.train.task if self.train.task == "preference" else "", "", "its reference is LoRA's"),
+            ("adapter.personal_rank", self.adapter.personal_rank, None, "it is LoRA beside LoRA"),
+            ("adapter.init_from", self.adapter.init_from, None, "it is LoRA"),
+            ("adapter.init", self.adapter.init, "shared", "all begin alike"),
+            ("clients.target_modules", self.clients.target_modules, None, "all share one basis"),
+            ("clients.ranks", len(ranks), 1, "all share one basis, so one number"),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"adapter.kind = {self.adapter.kind!r} needs {key} = {_shown(wanted)}, got {_shown(found)}: {why}"
+                )
 
     def _robust_fits(self) -> None:
         """Raises ValueError where the robust rules cannot judge this run's rounds."""
@@ -200,6 +225,10 @@ class Config(Section):
             seed=self.run.seed,
             threads=self.run.threads,
         )
+
+    def spec(self) -> AdapterSpec:
+        """What the clients attach, where they all attach the same: at the largest rank, on adapter.target_modules."""
+        return self.adapter.spec(self.clients.largest(1)[0], seed=self.run.seed)
 
     def expected(self) -> Expected:
         """What clients may expect of the method, at the most: the stack of every round before the last, or its cut."""

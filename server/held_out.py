@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from corolla.adapters import Base, carrying
+from corolla.adapters import Base, carrying, on_weights
 from corolla.aggregation import GlobalModel, whole, without_empty
 from corolla.client.data import encode_source, read_source
 from corolla.client.tasks import find_task
@@ -36,7 +36,8 @@ def open_judge(config: Config, open_base: Callable[[], Base]) -> Judge | None:
     examples = encode_source(source, config.data, task, base.tokenizer).examples
 
     def judge(model: GlobalModel) -> dict[str, float]:
-        with carrying(base.model, without_empty(whole(model))) as carried:
+        adapter = on_weights(base.model, config.spec(), without_empty(whole(model)))
+        with carrying(base.model, adapter) as carried:
             return task.evaluate(carried.eval(), base, examples, config.data)
 
     return judge

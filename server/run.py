@@ -17,13 +17,17 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from corolla.adapters import (
+    KINDS,
+    LORA,
     Base,
     FolderFacts,
     base_hash,
     empty_model,
     export_adapter,
     find_base,
+    head_modules,
     linear_shapes,
+    on_weights,
     principal_components,
     read_peft_folder,
     write_peft_folder,
@@ -35,9 +39,11 @@ from corolla.aggregation import (
     GlobalModel,
     Shapes,
     compress_adapter,
+    is_low_rank,
     low_rank,
     measure_noise,
     whole,
+    without,
     without_empty,
 )
 from corolla.client.config import head_of
@@ -172,6 +178,7 @@ def build_strategy(
         evaluate=run.evaluate,
         base_hash=_base_hash(config),
         modules=_modules(config),
+        kind=KINDS.get(config.adapter.kind),
         principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
@@ -223,13 +230,20 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
     if config.aggregation.method == "full":
         log(20, "whole weights are no adapter: export the checkpoint with --merged")
         return folder.path
-    small = without_empty(compress_adapter(adapter, Budget())[0])
+    small: AdapterState = without_empty(compress_adapter(adapter, Budget())[0])
     try:
         base = _base(config)
+        small = on_weights(base.model, config.spec(), small)
     except (FileNotFoundError, ImportError) as error:
+        if config.adapter.kind != LORA:
+            log(30, "an adapter of kind %s is not written for want of the base: %s", config.adapter.kind, error)
+            return folder.path
         log(30, "the adapter is written without a head and not proven, for want of the base: %s", error)
         factors = {module: delta for module, delta in small.items() if not isinstance(delta, DenseDelta)}
         return write_peft_folder(low_rank(factors), target, FolderFacts(config.model.name))
+    if config.adapter.kind != LORA and not is_low_rank(without(small, head_modules(base.model, base.head))):
+        log(20, "an adapter of kind %s is no LoRA: export the checkpoint with --merged", config.adapter.kind)
+        return folder.path
     log(
         20,
         "adapter exported; its logits differ by %.1e from the running model's",

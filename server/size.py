@@ -10,6 +10,7 @@ def upload_bytes(hello: Hello, rank: int, rule: ClientRule) -> int:
     numbers = sum(out * inner for out, inner in hello.heads.values())
     for out, inner in hello.shapes.values():
         numbers += out * inner if whole else rank * (out * ("B" in rule.trains) + inner * ("A" in rule.trains))
+        numbers += out * ("d" in rule.trains)
     return 4 * numbers
 
 

@@ -15,6 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from corolla.adapters import Kind
 from corolla.aggregation import (
     AdapterState,
     Budget,
@@ -82,6 +83,7 @@ class FederatedLoRA(Strategy):
     """Flower's rounds around a `Method` of corolla.aggregation.
 
     `modules` are the base's linear modules with (out, in), None where the server has no base to know them by.
+    `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
     `min_replies` sound ones leave the model as it is. `judge` chooses what the method is given of the sound ones.
@@ -110,6 +112,7 @@ class FederatedLoRA(Strategy):
         evaluate: str = "ends",
         base_hash: str = "",
         modules: Shapes | None = None,
+        kind: Kind | None = None,
         principal: Principal = no_principal,
         noise: NoiseOf | None = None,
         judge: Judge = trust,
@@ -128,7 +131,7 @@ class FederatedLoRA(Strategy):
         self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, privacy or sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
-        self.largest_message, self.modules = largest_message, modules
+        self.largest_message, self.modules, self.kind = largest_message, modules, kind
         self.fleet = Fleet(settings, base_hash, deadline)
         self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged
@@ -197,14 +200,31 @@ class FederatedLoRA(Strategy):
         """
         for module, shape in {**hello.shapes, **hello.heads}.items():
             known = (self.modules or {}).get(module)
-            if self.modules and (known is None or (module in hello.shapes and known != shape)):
+            misfit = module in hello.shapes and known != shape and not self.kind
+            if self.modules and (known is None or misfit):
                 raise Rejected(f"modules must be linear ones of the base, got {module} of shape {shape}: not there")
+        if self.kind:
+            self._require_one_basis(self.kind, hello)
         if self.model is None:
             return
         try:
             self.method.admit(self.model.rank_of(hello.client_id, hello.rank), hello.shapes, self.model)
         except ValueError as error:
             raise Rejected(str(error)) from error
+
+    def _require_one_basis(self, kind: Kind, hello: Hello) -> None:
+        """Raises Rejected for a client whose coordinates are not those of the others."""
+        for other in self.fleet.clients.values():
+            if (other.basis, other.shapes, other.rank) != (hello.basis, hello.shapes, hello.rank):
+                raise Rejected(
+                    f"{kind.name} needs one basis, one rank and one set of modules, got another than "
+                    f"{other.client_id}'s: use the same base, rank and target modules everywhere"
+                )
+
+    def _rule(self, round_number: int) -> ClientRule:
+        """What clients train in this round: what the method says, in the coordinates of their kind."""
+        rule = self.method.constrain(round_number)
+        return replace(rule, trains=self.kind.trains) if self.kind else rule
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -214,12 +234,12 @@ class FederatedLoRA(Strategy):
         round_number = self.rounds_done + 1
         self._meet(grid, self.wanted if self.model is None else self.min_replies)
         model = self._model()
-        rule = self.method.constrain(model.round + 1)
+        rule = self._rule(model.round + 1)
         reduced, self._cut_error = cut(model, self.download)
         version = model.digest()
         chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
         shapes = {client: self.fleet.clients[client].shapes for client in chosen}
-        self._round = OpenRound(round_number, self.fleet, None if "W" in rule.trains else Slots(shapes, ranks))
+        self._round = OpenRound(round_number, self.fleet, Slots(shapes, ranks) if rule.trains <= set("AB") else None)
         messages = []
         for client in chosen:
             part = share(reduced, rule, ranks[client], shapes[client])

@@ -96,7 +96,7 @@ def _shapes_of(shape: tuple[int, int], order: Order, *, whole: bool) -> dict[str
     """The tensors of a module of this shape that the order wants back, with their shapes."""
     if whole or order.trains == WHOLE:
         return {WHOLE: shape}
-    factors = {"A": (order.rank, shape[1]), "B": (shape[0], order.rank)}
+    factors = {"A": (order.rank, shape[1]), "B": (shape[0], order.rank), "d": (shape[0], 1)}
     return {name: factor for name, factor in factors.items() if name in order.trains}
 
 

@@ -77,7 +77,7 @@ def compare(
     held_out = [example for client in clients.values() for example in client.data.held_out]
     for client_id, client in clients.items():
         model = train_alone(client, folder, lines, on_step)
-        with carrying(client.base.model, whole(model)) as alone:
+        with carrying(client.base.model, client.on_weights(whole(model))) as alone:
             found = client.task.evaluate(alone, client.base, held_out, client.settings.data)
         columns[client_id] = by_group([found], metric)
         on_step("evaluate")
@@ -131,12 +131,12 @@ def train_alone(
 
 def train_once(client: Client, model: GlobalModel, round_number: int) -> AdapterState:
     """The adapter that the client replies when it is ordered to train a fresh one beside `model`, as FLoRA does."""
-    rule = build_method("flora").constrain(round_number)
-    part = share(model, rule, client.rank, client.hello().shapes)
+    rule, hello = build_method("flora").constrain(round_number), client.hello()
+    part = share(model, rule, hello.rank, hello.shapes)
     order = Order(
         round=round_number,
-        rank=client.rank,
-        trains="".join(sorted(rule.trains)),
+        rank=hello.rank,
+        trains="".join(sorted(client.kind.trains if client.kind else rule.trains)),
         fresh_round=round_number if rule.fresh_per_round else 0,
         seed=client.settings.seed,
         model=model.digest(),

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla.adapters import Base, export_adapter, export_merged
+from corolla.adapters import LORA, Base, export_adapter, export_merged, head_modules, on_weights
 from corolla.aggregation import (
     AdapterState,
     Budget,
     adapter_norm,
     compress_adapter,
+    is_low_rank,
     ranks,
     whole,
+    without,
     without_empty,
 )
 from corolla.client.answers import use_threads
@@ -50,6 +52,11 @@ def export_checkpoint(
         raise ValueError(
             f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged, without a cut"
         )
+    heads = head_modules(base.model, base.head)
+    if config.adapter.kind != LORA and not is_low_rank(without(adapter, heads)) and (not merged or rank or energy):
+        raise ValueError(
+            f"an adapter of kind {config.adapter.kind!r} is no LoRA, got one in {run}: use --merged, without a cut"
+        )
     budget = Budget(rank, (1 - energy) ** 0.5 if energy is not None else 0.0)
     small, lost = compress_adapter(adapter, budget)
     small = without_empty(small)
@@ -68,4 +75,4 @@ def open_checkpoint(run: Path, round_number: int | None) -> tuple[Config, Base, 
         raise ValueError(
             f"the run was made on the base {checkpoint.model.base_hash}, got {base.hash} from {config.model.name}"
         )
-    return config, base, without_empty(whole(checkpoint.model))
+    return config, base, on_weights(base.model, config.spec(), without_empty(whole(checkpoint.model)))

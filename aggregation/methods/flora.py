@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
-from corolla.aggregation.delta import LowRankDelta, LowRankState, low_rank
-from corolla.aggregation.exact import certify, mean_parts, modules_of
+from corolla.aggregation.delta import LowRankDelta, LowRankState, is_low_rank, low_rank
+from corolla.aggregation.exact import certify, exact_means, mean_parts, modules_of
 from corolla.aggregation.lowrank import weighted_stack
 from corolla.aggregation.method import Method
 from corolla.aggregation.start import empty_start
 from corolla.aggregation.state import ClientRule, ClientUpdate, GlobalModel, GlobalUpdate
 
 CLAIM = "a stack has no cross terms"
+COORDINATES = "each kind of change in the coordinates in which it is linear"
 
 
 def stack(
@@ -43,12 +44,18 @@ def stack(
 
 
 def _aggregate(updates: Sequence[ClientUpdate], weights: Mapping[str, float], model: GlobalModel) -> GlobalUpdate:
-    merge = {module: delta.single() for module, delta in stack(updates, weights, model.start).items()}
-    return GlobalUpdate(merge, {}, certify(merge, updates, weights, model.start, claim=CLAIM))
+    if all(is_low_rank(update.adapter) for update in updates):
+        merge = {module: delta.single() for module, delta in stack(updates, weights, model.start).items()}
+        return GlobalUpdate(merge, {}, certify(merge, updates, weights, model.start, claim=CLAIM))
+    means = {module: delta.single() for module, delta in exact_means(updates, weights, model.start)}
+    return GlobalUpdate(means, {}, certify(means, updates, weights, model.start, claim=COORDINATES))
 
 
 def flora() -> Method:
-    """The stack is merged, every client begins afresh (B = 0) in the next round. Exact."""
+    """The stack is merged, every client begins afresh (B = 0) in the next round. Exact.
+
+    Changes that are not low-rank are combined by the rule of their own algebra: Σ p_k in linear coordinates.
+    """
     return Method(
         "flora", empty_start, lambda round: ClientRule(), _aggregate, merges=True, by_product=True, of_the_sum=True
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from corolla.adapters import Base, carrying
+from corolla.adapters import Base, carrying, on_weights
 from corolla.aggregation import AdapterState, GlobalModel, adapter_norm, distance, whole, without_empty
 from corolla.client.answers import use_threads
 from corolla.client.data import ClientData
@@ -112,7 +112,8 @@ def measure(adapter: AdapterState, config: Config) -> dict[str, float]:
     """Loss and score, of all and by group, of base + adapter on everybody's held-out examples."""
     use_threads(config.run.threads)
     base, examples = held_out(config)
-    with carrying(base.model, without_empty(adapter)) as model:
+    adapter = on_weights(base.model, config.spec(), without_empty(adapter))
+    with carrying(base.model, adapter) as model:
         return find_task(config.train.task).evaluate(model, base, examples, config.data)
 
 

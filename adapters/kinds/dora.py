@@ -1,0 +1,58 @@
+"""DoRA: a magnitude for every row, and LoRA for its direction (arXiv:2402.09353)."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
+
+from corolla.adapters.kinds.kind import Kind, base_weight, on_cpu
+from corolla.adapters.lora import LOCAL
+from corolla.adapters.spec import AdapterSpec
+from corolla.aggregation import Delta, FreshRows, RowScaleDelta
+
+
+class Dora(Kind):
+    """W' = diag(m / ‖W + s B A‖_row) (W + s B A), so ΔW = diag(d) W + (1 + d) s B A with d = m / ‖·‖ − 1.
+
+    The norms are those of the base's own weight in every round: the magnitudes are free, so that only says where they
+    begin. What the rounds before changed acts beside the base, and d scales it along.
+    """
+
+    name = "dora"
+    title = "DoRA"
+    coordinates = "d (out), B (out·r), A (r·in)"
+    rule = "row scales: mean of d, stack of B and A"
+    trains = frozenset({"d", "A", "B"})
+    layer = LoraLayer
+
+    def config(self, spec: AdapterSpec) -> PeftConfig:
+        """LoRA's, with use_dora. Raises ValueError for dropout: PEFT then leaves out what acts beside the base."""
+        if spec.dropout:
+            raise ValueError(f"adapter.kind = 'dora' has no dropout, got adapter.dropout = {spec.dropout}: set it to 0")
+        config = replace(spec, kind="lora").to_peft()
+        config.use_dora = True
+        return config
+
+    @torch.no_grad()
+    def begin(self, layer: Any, module: str, fresh: FreshRows) -> None:
+        """Draws A; B is zero, so the magnitudes are what they were."""
+        a = layer.lora_A[LOCAL].weight
+        a.copy_(fresh.rows(module, 0, *a.shape))
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        """(out, in)."""
+        return layer.lora_B[LOCAL].weight.shape[0], layer.lora_A[LOCAL].weight.shape[1]
+
+    def read(self, layer: Any) -> RowScaleDelta:
+        """d, and (1 + d) s B with A: in float64 from float32 parts."""
+        a, b = (on_cpu(part[LOCAL].weight) for part in (layer.lora_A, layer.lora_B))
+        low = layer.scaling[LOCAL] * b.double()
+        norms = torch.linalg.norm(base_weight(layer).double() + low @ a.double(), dim=1)
+        scales = (on_cpu(layer.lora_magnitude_vector[LOCAL].weight).double() / norms)[:, None]
+        return RowScaleDelta((scales - 1).float(), a, (scales * low).float())
+
+    def unfold(self, layer: Any, delta: Delta) -> Delta:
+        """The coordinates are the change."""
+        return delta
