@@ -64,7 +64,8 @@ def ended(live: Federation) -> bool:
     """Whether the latest run has ended. Raises RuntimeError where it did not complete."""
     status = re.findall(r"run \d+: (\S+)", live.corolla("status", "--federation=prod"))[0]
     if status.startswith("finished") and status != "finished:completed":
-        raise RuntimeError(f"a run must complete, got {status}: {live.log('serverapp')[-3000:]}")
+        said = live.corolla("status", "--federation=prod") + live.log("serverapp")[-3000:]
+        raise RuntimeError(f"a run must complete, got {status}: {said}")
     return status == "finished:completed"
 
 
@@ -172,13 +173,13 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
 
 def large(gigabytes: float = 1.5) -> None:
     """One adapter of this size up and down through a SuperLink with its database; each process' peak over the size."""
-    width, modules = 1024, 16
-    rank = round(gigabytes * 1e9 / (4 * modules * 2 * width))
+    width = rank = 2048
+    layers = round(gigabytes * 1e9 / (2 * 4 * rank * 2 * width))
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "wide"
         config = LlamaConfig(
-            vocab_size=264, hidden_size=width, intermediate_size=64, num_hidden_layers=modules // 2,
-            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True,
+            vocab_size=264, hidden_size=width, intermediate_size=64, num_hidden_layers=layers,
+            num_attention_heads=32, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=257, pad_token_id=256,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(model)
@@ -187,8 +188,9 @@ def large(gigabytes: float = 1.5) -> None:
             peaks = Peaks(live)
             folder = run(live, str(model), "large", **{"run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
                 "run.evaluate": "never", "train.local_steps": 1, "train.optimizer": "sgd", "run.deadline": 1500,
-                "adapter.scaling": 0.01, "aggregation.download_error": 0.0})  # fmt: skip
-            live.wait_for("the run's end", lambda: ended(live), 1500)
+                "adapter.target_modules": ["q_proj", "o_proj"], "adapter.scaling": 0.01,
+                "aggregation.method": "fedit"})  # fmt: skip
+            live.wait_for("the run's end", lambda: ended(live), 2400)
             peaks.stop()
             lines = rounds_of(folder)
     for line in lines:
