@@ -1,0 +1,114 @@
+"""Every kind of adapter through whole runs: partial participation, resume, export, quarantine, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from corolla import simulate
+from corolla.adapters import KINDS
+from corolla.client.local import Client
+from corolla.server.config import Config, ConfigError
+from corolla.simulations.export import export_checkpoint
+from tests.simulations.federation import tiny_config
+
+
+def config_of(model, out, kind, **sections):
+    run = {"rounds": 3, "clients_per_round": 2, "evaluate": "ends"} | sections.pop("run", {})
+    clients = {"count": 3, "ranks": (4,)}
+    train = {"schedule": "constant"}  # one that spans the run would make a run of one round another run
+    return tiny_config(model, out, adapter={"kind": kind}, clients=clients, run=run, train=train, **sections)
+
+
+def rounds(run):
+    return [line for line in run.metrics if line["kind"] == "round"]
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+probe = torch.arange(40).reshape(2, 20)
+print(float(model(input_ids=probe).logits.double().square().sum()))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_and_exports(kind, tiny_folder, tmp_path):
+    whole = simulate(config_of(tiny_folder, tmp_path / "whole", kind))
+    assert [line["update"]["certificate"]["exact"] for line in rounds(whole)] == [True] * 3
+    assert all(len(line["clients"]) == 2 for line in rounds(whole))
+    simulate(config_of(tiny_folder, tmp_path / "parts", kind, run={"rounds": 1}))
+    parts = simulate(None, out=tmp_path / "parts", resume=True, overrides=["run.rounds=3"])
+    assert parts.model.digest() == whole.model.digest()
+    first, last = (line["mean"]["probe_loss"] for line in whole.metrics if line["kind"] == "evaluation")
+    assert last < first
+    report = export_checkpoint(tmp_path / "whole", tmp_path / "merged", merged=True)
+    assert report.logits_error < 1e-5
+    said = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "merged")], capture_output=True, text=True, check=True
+    )
+    base = subprocess.run([sys.executable, "-c", FRESH, str(tiny_folder)], capture_output=True, text=True, check=True)
+    assert float(said.stdout) != float(base.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_that_is_not_finite_is_quarantined_and_changes_nothing(kind, tiny_folder, tmp_path, monkeypatch):
+    sound = simulate(config_of(tiny_folder, tmp_path / "sound", kind, run={"rounds": 1, "clients_per_round": 3}))
+    right = Client.train
+
+    def train(self, assignment):
+        reply = right(self, assignment)
+        if self.client_id != "client-001":
+            return reply
+        broken = {m: type(d)(**{n: t * torch.nan for n, t in d.tensors().items()}) for m, d in reply.adapter.items()}
+        return replace(reply, adapter=broken)
+
+    monkeypatch.setattr(Client, "train", train)
+    run = simulate(config_of(tiny_folder, tmp_path / "run", kind, run={"rounds": 2, "clients_per_round": 3}))
+    for line in rounds(run):
+        assert line["successful"]
+        assert "must be finite" in line["quarantined"]["client-001"]
+        assert set(line["clients"]) - set(line["quarantined"]) == {"client-000", "client-002"}
+    assert sound.model.digest() != run.model.digest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_up_are_those_of_the_coordinates(kind, tiny_folder, tmp_path):
+    run = simulate(config_of(tiny_folder, tmp_path / "run", kind, run={"rounds": 1, "evaluate": "never"}))
+    sizes = {  # of q (32, 32) and v (16, 32) in two layers, rank 4, in floats
+        "dora": sum(out + 4 * (out + 32) for out in (32, 16)),
+        "ia3": 32 + 16,
+        "miss": 4 * 32 + 4 * 16,
+        "miss-bat": 32 * 4 + 16 * 4,
+        "miss-mini": 4 * 4 + 4 * 4,
+        "randlora": (4 * 8 + 8 * 32) + (4 * 4 + 4 * 16),
+        "vera": (32 + 4) + (16 + 4),
+    }
+    assert {c["bytes_up"] for c in rounds(run)[0]["clients"].values()} == {4 * 2 * sizes[kind]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"aggregation": {"method": "fedit"}}, 'needs aggregation.method = "flora", got "fedit"'),
+        ({"aggregation": {"noise": True}}, "needs aggregation.noise = false, got true"),
+        ({"clients": {"ranks": (4, 2)}}, "needs clients.ranks = 1, got 2: all share one basis"),
+        ({"secure": {"sums": True}}, "needs secure.sums = false"),
+        ({"adapter": {"personal_rank": 2}}, "needs adapter.personal_rank = unset, got 2"),
+        ({"train": {"proximal": 0.1, "local_steps": 1}}, "needs train.proximal = 0.0, got 0.1"),
+    ],
+)
+def test_what_is_made_for_lora_is_refused_at_configuration(sections, message):
+    sections = {"adapter": {"kind": "miss"}, "clients": {"ranks": (4,)}} | {
+        name: values | ({"kind": "miss"} if name == "adapter" else {}) for name, values in sections.items()
+    }
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        Config.build(sections)
+
+
+def test_an_unknown_kind_lists_the_right_ones():
+    with pytest.raises(ConfigError, match=r"adapter\.kind: must be one of lora, dora, ia3"):
+        Config.build({"adapter": {"kind": "dorra"}})
