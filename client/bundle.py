@@ -1,7 +1,7 @@
 """Many arrays as one: Flower asks for every array of a message by itself, over each of its hops.
 
 A bundle is one array of bytes: the length of a list as 8 bytes, the list as JSON (name, dtype, shape, serialisation
-type, bytes of every array), and their bytes one after another.
+type, bytes of every array) with spaces after it, and the arrays' bytes one after another.
 """
 
 import json
@@ -16,6 +16,9 @@ BUNDLE = "bundle"
 
 STYPE = "corolla.bundle.v1"
 """Its serialisation type."""
+
+ALIGNED = 64
+"""The arrays' bytes begin at a multiple of it, so that they can be read where they are."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ def bundle(parts: Iterable[tuple[str, Part]]) -> ArrayRecord:
     parts = list(parts)
     entries = [[name, part.dtype, list(part.shape), part.stype, len(part.data)] for name, part in parts]
     head = json.dumps(entries).encode()
+    head += b" " * (-(8 + len(head)) % ALIGNED)
     data = b"".join([len(head).to_bytes(8, "little"), head, *(part.data for _, part in parts)])
     return ArrayRecord({BUNDLE: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
 

@@ -7,6 +7,8 @@ type of their own, so that a stock strategy raises instead of averaging what it 
 
 import json
 import math
+import sys
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
@@ -47,7 +49,7 @@ MOST_NUMBERS, LONGEST_NAME = 10_000, 256
 
 
 def pack_adapter(adapter: AdapterState, names: Collection[str] = "ABd") -> ArrayRecord:
-    """The tensors by `<module>/A`, `<module>/B` and `<module>/d`, as far as they are in `names`, or `<module>/W`, in one bundle."""
+    """The tensors by `<module>/<name>` (A, B, d), as far as they are in `names`, or `<module>/W`, in one bundle."""
     parts = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():
@@ -86,7 +88,12 @@ def _unpack_array(key: str, array: Part) -> torch.Tensor:
     expected = 4 * math.prod(array.shape)
     if len(array.data) != expected:
         raise ValueError(f"{key} of shape {tuple(array.shape)} must have {expected} bytes, got {len(array.data)}")
-    return torch.from_numpy(np.frombuffer(array.data, dtype="<f4").reshape(tuple(array.shape)).astype(np.float32))
+    found = np.frombuffer(array.data, dtype="<f4").reshape(tuple(array.shape))
+    if not found.flags.aligned or sys.byteorder != "little":
+        return torch.from_numpy(found.astype(np.float32))
+    with warnings.catch_warnings():  # nothing writes to what came: it is read where it lies, and not copied
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
+        return torch.from_numpy(found)
 
 
 def adapter_bytes(record: ArrayRecord) -> int:

@@ -48,7 +48,7 @@ from corolla.aggregation import (
     whole,
     without,
 )
-from corolla.client.protocol import Assignment, Hello, Order, pack_adapter, share_digest, unpack_metrics
+from corolla.client.protocol import Assignment, Hello, Order, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
 from corolla.server.fleet import Fleet
 from corolla.server.privacy import Privacy
@@ -77,6 +77,10 @@ class Sampling:
 
 MOST_OF_THE_WEIGHT = 0.9
 """A client with more of it among three or more is named in the log: what it weighs is its own word."""
+
+
+NO_ARRAYS = ArrayRecord()
+"""What Flower's loop is given for the global model: that is `model`, and a record would be a second copy of it."""
 
 
 class FederatedLoRA(Strategy):
@@ -155,7 +159,7 @@ class FederatedLoRA(Strategy):
             replies = grid.send_and_receive(self._evaluation_messages(), timeout=self.deadline)
             self.aggregate_evaluate(self.rounds_done, replies)
         left = rounds - self.rounds_done
-        return self.start(grid, pack_adapter(whole(self._model())), left, self.deadline) if left > 0 else Result()
+        return self.start(grid, NO_ARRAYS, left, self.deadline) if left > 0 else Result()
 
     def _due(self) -> bool:
         """Whether the model after `rounds_done` rounds is to be evaluated."""
@@ -323,7 +327,7 @@ class FederatedLoRA(Strategy):
         if not successful:
             return None, None
         loss = weighted_mean(record.clients, "train_loss", "num_examples")
-        return pack_adapter(whole(self._model())), MetricRecord({"train_loss": loss} if loss is not None else {})
+        return NO_ARRAYS, MetricRecord({"train_loss": loss} if loss is not None else {})
 
     def _take_in(self, updates: list[ClientUpdate], facts: dict[str, Any]) -> Mapping[str, Any]:
         """Makes the round's outcome the model, puts its facts into `facts`, and returns its noise.
