@@ -13,6 +13,7 @@ from rich.table import Table
 
 from corolla import __version__, data, deploy, laboratory
 from corolla.evaluate import evaluate
+from corolla.kinds import adapters
 from corolla.plan import plan
 from corolla.terminal import RunPath, Settings, Verbose, console, exit_codes, quiet
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (plan, evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
+for command in (plan, adapters, evaluate, laboratory.compare, laboratory.noise, laboratory.merge, laboratory.report):
     app.command()(command)
 for command_of_deployment in (deploy.keys, deploy.run, deploy.status, deploy.stop, deploy.doctor, deploy.worker):
     app.command(rich_help_panel="Deployment")(command_of_deployment)
