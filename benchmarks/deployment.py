@@ -1,4 +1,4 @@
-"""What a federation of real processes costs: `python -m benchmarks.deployment requests|soak|large` (Linux, with nginx).
+"""What a federation of real processes costs: `python -m benchmarks.deployment requests|soak|large|large-in-memory` (Linux, with nginx).
 
 The processes are those of tests/deploy, the commands of docker/compose.yml on loopback. `requests` takes about three
 minutes on two cores, `soak` half an hour, `large` ten minutes and 16 GiB of memory.
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,11 +32,16 @@ CONSOLE = Console(width=140)
 
 
 @contextmanager
-def serving(model: Path, clients: int, worker: bool = True, rank: int = 0) -> Iterator[Federation]:
+def serving(
+    model: Path, clients: int, worker: bool = True, rank: int = 0, database: bool = True
+) -> Iterator[Federation]:
     """A federation of so many clients, with or without workers; `rank` is theirs instead of compose.yml's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with federation(folder, model, folder, clients) as found:
+            if not database:
+                command = found.services["superlink"]["command"]
+                command[:] = [word for word in command if not word.startswith("--database")]
             found.start_server()
             for k in range(1, clients + 1):
                 config = as_simulated(k) if worker else {**as_simulated(k), " worker=": " unused="}
@@ -171,8 +177,8 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
     CONSOLE.print(table, f"{rounds} rounds of {clients} clients, {seconds / rounds:.1f} s each, {lost} replies lost")
 
 
-def large(gigabytes: float = 1.5) -> None:
-    """One adapter of this size up and down through a SuperLink with its database; each process' peak over the size."""
+def large(gigabytes: float = 1.5, database: bool = True) -> None:
+    """One adapter of this size up and down through a SuperLink; the peak of each process, over the message's size."""
     width = rank = 2048
     layers = round(gigabytes * 1e9 / (2 * 4 * rank * 2 * width))
     with tempfile.TemporaryDirectory() as name:
@@ -184,7 +190,7 @@ def large(gigabytes: float = 1.5) -> None:
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
-        with serving(model, 1, rank=rank) as live:
+        with serving(model, 1, rank=rank, database=database) as live:
             peaks = Peaks(live)
             folder = run(live, str(model), "large", **{"run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
                 "run.evaluate": "never", "train.local_steps": 1, "train.optimizer": "sgd", "run.deadline": 1500,
@@ -237,7 +243,9 @@ class Peaks:
 
 
 if __name__ == "__main__":
-    known = {"requests": requests, "soak": soak, "large": large}
+    known = {
+        "requests": requests, "soak": soak, "large": large, "large-in-memory": partial(large, database=False)
+    }  # fmt: skip
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"what to measure must be one of {', '.join(known)}, got {sys.argv[1:]}")
     known[sys.argv[1]]()
