@@ -41,6 +41,7 @@ from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.robust import ROBUST, Chosen, Judge, build_judge, require_majority, trust
 from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
 from corolla.aggregation.slots import Slots
+from corolla.aggregation.squeeze import Squeeze, halved, parse_halved
 from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
 from corolla.aggregation.state import (
     Certificate,
@@ -80,6 +81,7 @@ __all__ = [
     "RowScaleDelta",
     "Shapes",
     "Slots",
+    "Squeeze",
     "adapter_norm",
     "add",
     "add_adapters",
@@ -98,12 +100,14 @@ __all__ = [
     "exact_mean",
     "fill",
     "fill_adapter",
+    "halved",
     "is_low_rank",
     "low_rank",
     "measure_noise",
     "no_principal",
     "norm",
     "only",
+    "parse_halved",
     "private_update",
     "ranks",
     "require_linear",

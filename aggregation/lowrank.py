@@ -24,6 +24,10 @@ class Budget:
     max_rank: int | None = None
     max_error: float = 0.0
 
+    def at(self, round_number: int) -> "Budget":
+        """The same in every round: see `Squeeze` for one that is not."""
+        return self
+
     def __post_init__(self) -> None:
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {self.max_rank}; leave it out for no limit")

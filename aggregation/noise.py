@@ -77,6 +77,7 @@ def measure_noise(
         "share": shares(round_),
         "energy": pooled_energy(round_.exact),
         "modules": {module: asdict(spectrum(core)) for module, core in round_.exact.items()},
+        "entropy": entropies(round_),
         "methods": found,
         "seconds": time.perf_counter() - began,
     }
@@ -164,17 +165,40 @@ def _noise(
     )
 
 
+def entropies(round_: Federation) -> dict[str, Any]:
+    """Of the modules' spectra σ²/Σσ²: the mean entropy of the exact change (nats), Σ p_k that of the clients' changes,
+    the gap between, and ⌈e^S⌉ of the widest module, the rank that such a spectrum suggests.
+
+    The gap says how different the directions of the clients are: 0 where all moved along the same ones.
+    """
+    merged = {module: spectrum(core).entropy for module, core in round_.exact.items()}
+    own = dict.fromkeys(merged, 0.0)
+    for update in round_.updates:
+        for module, change in _changes(update, round_).items():
+            own[module] += round_.weights[update.client_id] * spectrum(change).entropy
+    count = len(merged) or 1
+    found = {"exact": sum(merged.values()) / count, "clients": sum(own.values()) / count}
+    suggested = math.ceil(math.exp(max(merged.values(), default=0.0)) - 1e-9)
+    return found | {"gap": found["exact"] - found["clients"], "suggested_rank": suggested}
+
+
+def _changes(update: ClientUpdate, round_: Federation) -> dict[str, Tensor]:
+    """L_k − S_k of each module, as cores."""
+    found = {}
+    for module, delta in low_rank(update.adapter).items():
+        found[module] = delta.dense()
+        if module in round_.model.start:
+            found[module] = found[module] - round_.model.start[module].first(delta.rank).dense()
+    return found
+
+
 def shares(round_: Federation) -> dict[str, float]:
     """Client id -> ⟨p_k (L_k − S_k), C⟩ / ‖C‖²: signed, and they sum to 1; zeros where nothing changed."""
     total = _norm(round_.exact) ** 2
     found = {}
     for update in round_.updates:
-        inner = 0.0
-        for module, delta in low_rank(update.adapter).items():
-            change = delta.dense()
-            if module in round_.model.start:
-                change = change - round_.model.start[module].first(delta.rank).dense()
-            inner += float((change * round_.exact[module]).sum())
+        changes = _changes(update, round_)
+        inner = sum(float((change * round_.exact[module]).sum()) for module, change in changes.items())
         found[update.client_id] = round_.weights[update.client_id] * inner / total if total else 0.0
     return found
 

@@ -1,4 +1,6 @@
-"""What a federation of real processes costs: `python -m benchmarks.deployment requests|soak|large|large-in-memory` (Linux, with nginx).
+"""What a federation of real processes costs (Linux, with nginx).
+
+    python -m benchmarks.deployment requests|soak|large|large-in-memory
 
 The processes are those of tests/deploy, the commands of docker/compose.yml on loopback. `requests` takes about three
 minutes on two cores, `soak` half an hour, `large` ten minutes and 16 GiB of memory.

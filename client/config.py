@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from transformers.training_args import OptimizerNames
 
 from corolla.adapters import DEMO, KINDS, LORA, AdapterSpec, Base, Head, open_base
+from corolla.aggregation import parse_halved
 from corolla.client.tasks import TASKS
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -277,13 +278,12 @@ class ClientsConfig(Section):
             return (self.ranks,)
         if not isinstance(self.ranks, str):
             return self.ranks
-        first, dots, last = self.ranks.partition("..")
-        if not (dots and first.isdigit() and last.isdigit() and int(first) >= int(last) > 0):
-            raise ValueError(f"clients.ranks must be a rank, a list, '32..4', 'node' or 'auto', got {self.ranks!r}")
-        halved = [int(first)]
-        while halved[-1] // 2 >= int(last):
-            halved.append(halved[-1] // 2)
-        return tuple(halved)
+        try:
+            return parse_halved(self.ranks)
+        except ValueError as error:
+            raise ValueError(
+                f"clients.ranks must be a rank, a list, '32..4', 'node' or 'auto', got {self.ranks!r}"
+            ) from error
 
     def rank(self, partition: int) -> int | None:
         """The rank of client number `partition`; None where the node declares or plans it."""

@@ -238,7 +238,7 @@ class Config(Section):
         merged = (self.run.rounds - 1) * (sum(ranks) + 2 * start) + start if method.merges else 0
         if self.adapter.init_from and Path(self.adapter.init_from).is_dir():
             merged += max(rank_of(read_peft_folder(Path(self.adapter.init_from))).values(), default=0)
-        caps = [cap for cap in (aggregation.download_rank, aggregation.max_rank) if cap]
+        caps = [cap for cap in (aggregation.download_rank, aggregation.budget(1).at(1).max_rank) if cap]
         return Expected(
             turns=tuple(dict.fromkeys("".join(sorted(method.constrain(r).trains)) for r in (1, 2))),
             begins=method.common_start,

@@ -170,7 +170,7 @@ def build_strategy(
         min_replies=run.min_replies,
         deadline=run.deadline,
         largest_message=run.largest_message,
-        budget=Budget(aggregation.max_rank),
+        budget=aggregation.budget(run.rounds),
         download=download,
         noise=judge if aggregation.noise else None,
         judge=aggregation.judge(),

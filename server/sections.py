@@ -11,10 +11,13 @@ from corolla.aggregation import (
     OPTIMIZERS,
     ROBUST,
     WEIGHTS,
+    Budget,
     Judge,
     Method,
+    Squeeze,
     build_judge,
     build_method,
+    parse_halved,
     with_optimizer,
 )
 from corolla.client.config import Section
@@ -26,7 +29,11 @@ class AggregationConfig(Section):
 
     method: str = Field("flora", description=f"one of {', '.join(sorted(AGGREGATORS))}")
     weights: str = Field("examples", description=f"p_k by one of {', '.join(sorted(WEIGHTS))}")
-    max_rank: int | None = Field(None, ge=1, description="largest rank of the server's merged part; unset: lossless")
+    max_rank: int | str | None = Field(
+        None,
+        description="largest rank of the server's merged part; '64..8': halved in stages over the rounds "
+        "(LoRA-Squeeze); unset: lossless",
+    )
     download_error: float = Field(1e-3, ge=0, lt=1, description="relative error that the cut of a download may have")
     download_rank: int | None = Field(None, ge=1, description="largest rank of the merged part in a download")
     noise: bool = Field(False, description="each round, what every method would make of the same replies")
@@ -48,6 +55,23 @@ class AggregationConfig(Section):
     server_beta2: float | None = Field(None, ge=0, lt=1, description="its second moment's decay (0.99)")
     server_tau: float | None = Field(None, gt=0, description="added to the root of its second moment (1e-3)")
     server_max_rank: int | None = Field(None, ge=1, description="largest rank of its momentum; unset: lossless")
+
+    @field_validator("max_rank")
+    @classmethod
+    def _ranks_fall(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and value.strip().isdigit():
+            value = int(value)
+        if isinstance(value, str):
+            parse_halved(value)
+        elif value is not None and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    def budget(self, rounds: int) -> Budget | Squeeze:
+        """What `max_rank` limits the merged part to, in a run of so many rounds."""
+        if isinstance(self.max_rank, str):
+            return Squeeze(parse_halved(self.max_rank), rounds)
+        return Budget(self.max_rank)
 
     @field_validator("method")
     @classmethod

@@ -32,6 +32,7 @@ from corolla.aggregation import (
     Principal,
     Shapes,
     Slots,
+    Squeeze,
     adapter_norm,
     add_adapters,
     advance,
@@ -111,7 +112,7 @@ class FederatedLoRA(Strategy):
         min_replies: int = 1,
         deadline: float = 3600.0,
         largest_message: float = 2.0,
-        budget: Budget = Budget(),
+        budget: Budget | Squeeze = Budget(),
         download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
         base_hash: str = "",
@@ -339,7 +340,7 @@ class FederatedLoRA(Strategy):
         try:
             chosen = self._choose(updates, before)
             outcome = aggregate_round(self.method, chosen.updates, chosen.weights, before, self._heads())
-            after, proof = advance(before, outcome, self.budget)
+            after, proof = advance(before, outcome, self.budget.at(before.round + 1))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ArithmeticError(str(error)) from error
         if not (after.is_finite() and math.isfinite(proof.error)):

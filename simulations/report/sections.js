@@ -184,7 +184,12 @@ function drawEnergy(body) {
     style: runStyle(run), points: curve(line.noise), faint: line !== noiseLine(run),
   }))).filter((one) => !(one.faint && several()));
   const effective = measuredRuns().map((run) => noiseLine(run).noise.modules?.[module]?.effective_rank).filter(isNumber);
-  const note = `part of the change’s squared singular values within its first r directions${effective.length ? `; effective rank ${effective.map((v) => format(v)).join(", ")}` : ""}`;
+  const entropies = module ? [] : measuredRuns().map((run) => noiseLine(run).noise.entropy).filter(Boolean);
+  const told = [
+    ...(effective.length ? [`effective rank ${effective.map((v) => format(v)).join(", ")}`] : []),
+    ...entropies.map((e) => `mean entropy ${format(e.exact)} nats, ${format(e.clients)} of single clients, gap ${format(e.gap)}`),
+  ];
+  const note = ["part of the change’s squared singular values within its first r directions", ...told].join("; ");
   linesFigure(body, { id: "plot-energy", title: module ? `Energy against rank: ${module}` : "Energy against rank, all modules", note, x: { label: "rank r", kind: "rank" }, y: { unit: "%", kind: "zero" }, series });
 }
 

@@ -9,11 +9,13 @@ from corolla.aggregation import (
     Budget,
     DenseDelta,
     LowRankDelta,
+    Squeeze,
     add,
     add_adapters,
     compress,
     distance,
     norm,
+    parse_halved,
     scale,
     singular_values,
     zeros,
@@ -99,3 +101,12 @@ def test_a_sum_of_dense_changes_is_the_sum():
     kept, error = compress(total, Budget(max_rank=2, max_error=0.5))
     assert error == 0.0
     assert torch.equal(kept.W, total.single().W)
+
+
+def test_a_squeeze_halves_its_rank_in_equal_stages():
+    squeeze = Squeeze(parse_halved("64..8"), rounds=10)
+    assert [squeeze.at(r).max_rank for r in range(1, 13)] == [64, 64, 64, 32, 32, 16, 16, 16, 8, 8, 8, 8]
+    assert Budget(5).at(7) == Budget(5)
+    for text in ("8..64", "64", "a..b", "8..0", "64...8"):
+        with pytest.raises(ValueError, match=r"halved"):
+            parse_halved(text)

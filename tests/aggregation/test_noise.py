@@ -90,6 +90,30 @@ def test_spectra_shares_and_truncations_are_the_dense_ones():
             assert figures[key] == pytest.approx(value, rel=1e-6)
         assert figures["bytes_down"]["c0"] == 4 * sum(min(rank, *s) * sum(s) for s in SHAPES.values())
     assert json.loads(json.dumps(noise)) == noise
+    merged = sum(references.spectrum(exact[m])["entropy"] for m in SHAPES) / len(SHAPES)
+    own = 0.0
+    for update in found.updates:
+        start = dense({m: found.before.start[m].first(d.rank) for m, d in update.adapter.items()}, SHAPES)
+        moved = dense(update.adapter, SHAPES)
+        spread = sum(references.spectrum(moved[m] - start[m])["entropy"] for m in SHAPES) / len(SHAPES)
+        own += found.weights[update.client_id] * spread
+    assert noise["entropy"]["exact"] == pytest.approx(merged, rel=1e-6)
+    assert noise["entropy"]["clients"] == pytest.approx(own, rel=1e-6)
+    assert noise["entropy"]["gap"] == pytest.approx(merged - own, rel=1e-6)
+
+
+def test_the_entropy_gap_is_zero_for_one_direction_and_ln_k_for_k_apart():
+    def replies(rows):
+        deltas = [{"q": LowRankDelta(torch.eye(8)[row : row + 1], torch.eye(8)[:, row : row + 1])} for row in rows]
+        return [ClientUpdate(f"c{i}", 1, delta) for i, delta in enumerate(deltas)]
+
+    weights = {f"c{i}": 0.25 for i in range(4)}
+    same = measure_noise(replies([3, 3, 3, 3]), weights, GlobalModel(), build_method("flora"))["entropy"]
+    apart = measure_noise(replies([0, 1, 2, 3]), weights, GlobalModel(), build_method("flora"))["entropy"]
+    assert same["gap"] == pytest.approx(0, abs=1e-9)
+    assert same["suggested_rank"] == 1
+    assert apart["gap"] == pytest.approx(math.log(4))
+    assert apart["suggested_rank"] == 4
 
 
 @pytest.mark.parametrize("run", sorted(set(AGGREGATORS) - {"full"}))

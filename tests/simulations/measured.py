@@ -30,6 +30,7 @@ def noise(clients: list[str], layers: int, seed: int, method: str = "flora") -> 
             }
             for module in modules
         },
+        "entropy": {"exact": 2.5, "clients": 1.25, "gap": 1.25, "suggested_rank": 13},
         "methods": {"fedit": {"not_applicable": REFUSAL}}
         | {name: _method(draw, clients, modules, i) for i, name in enumerate(METHODS)},
         "seconds": draw.uniform(0.1, 0.5),

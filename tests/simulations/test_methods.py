@@ -99,3 +99,16 @@ def test_a_server_optimizer_resumes_with_its_memory(optimizer, tiny_folder, tmp_
 def test_an_impossible_combination_is_refused_before_anything_runs(sections, reason, tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match=reason):
         simulate(tiny_config(tiny_folder, tmp_path, **sections))
+
+
+def test_a_squeezed_run_ends_at_the_rank_that_is_wanted_and_says_what_each_cut_lost(tiny_folder, tmp_path):
+    config = tiny_config(
+        tiny_folder, tmp_path / "run", aggregation={"max_rank": "8..2"}, run={"rounds": 3, "evaluate": "never"}
+    )
+    run = simulate(config)
+    updates = [line["update"] for line in run.metrics if line["kind"] == "round"]
+    assert [update["merged_rank"] for update in updates] == [8, 4, 2]
+    assert [update["certificate"]["exact"] for update in updates] == [False] * 3
+    assert all("was cut to rank" in update["certificate"]["reason"] for update in updates)
+    with pytest.raises(ConfigError, match=r"aggregation\.max_rank: ranks that are halved must fall, got 2\.\.8"):
+        tiny_config(tiny_folder, tmp_path / "other", aggregation={"max_rank": "2..8"})
