@@ -60,8 +60,8 @@ def test_secure_sums_give_the_simulations_model(live, tiny_folder, tmp_path):
 
 
 def test_differential_privacy_keeps_its_account(live, tiny_folder, tmp_path):
-    ours, theirs = both(live, tiny_folder, tmp_path, "private", **{"aggregation.method": "ffa-lora",
-        "clients.ranks": 4, "privacy.noise_multiplier": 1.0, "privacy.clip_norm": 0.5, "run.keep_replies": False})  # fmt: skip
+    ours, theirs = both(live, tiny_folder, tmp_path, "private", **{"aggregation.method": "ffa",
+        "clients.ranks": 4, "aggregation.weights": "uniform", "privacy.noise_multiplier": 1.0, "privacy.clip_norm": 0.5, "run.keep_replies": False})  # fmt: skip
     spent = [[line["update"]["privacy"]["epsilon"] for line in rounds(folder)] for folder in (ours, theirs)]
     assert spent[0] == spent[1]
     assert 0 < spent[0][0] < spent[0][1]
