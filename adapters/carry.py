@@ -48,6 +48,8 @@ def beside(deltas: Mapping[nn.Module, Delta]) -> Iterator[None]:
 
 def _factors(parts: Mapping[str, Tensor]) -> Any:
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not len(parts["A"]):
+            return output  # torch has no convolution with no outputs
         return output + apply_factors(layer, inputs[0].float(), parts["A"], parts["B"]).to(output.dtype)
 
     return hook

@@ -23,7 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class FolderFacts:
     """What a PEFT folder says beside its factors: the base's name, whether weights are stored (in, out), the task.
 
-    `kernels` are the (in, k…) of those modules that are convolutions: their A is written as one (rank, in, k…).
+    The task has PEFT's name, none where it is empty. `kernels` are the (in, k…) of those modules that are convolutions:
+    their A is written as one (rank, in, k…).
     """
 
     base_name: str
@@ -67,7 +68,7 @@ def write_peft_folder(
         lora_alpha=widest,
         target_modules=sorted(adapter),
         bias="none",
-        task_type=facts.task_type,
+        task_type=facts.task_type or None,
         inference_mode=True,
         modules_to_save=sorted(heads) or None,
         base_model_name_or_path=facts.base_name,
@@ -116,7 +117,7 @@ def read_peft_facts(folder: Path) -> FolderFacts:
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
     kernels = {k.removeprefix(PREFIX).removesuffix(ending): tuple(s[1:]) for k, s in shapes.items() if len(s) > 2}
-    return FolderFacts(name, bool(config.fan_in_fan_out), task or "CAUSAL_LM", kernels)
+    return FolderFacts(name, bool(config.fan_in_fan_out), task or "", kernels)
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -47,7 +47,7 @@ MOST_NUMBERS, LONGEST_NAME = 10_000, 256
 
 
 def pack_adapter(adapter: AdapterState, names: Collection[str] = "ABd") -> ArrayRecord:
-    """The tensors in one bundle: `<module>/A`, `<module>/B` and `<module>/d` as far as `names` has them, or `<module>/W`."""
+    """In one bundle, the tensors `<module>/A`, `<module>/B` and `<module>/d` that are in `names`, and `<module>/W`."""
     parts = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():

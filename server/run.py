@@ -212,7 +212,10 @@ def _base_hash(config: Config) -> str:
 def _modules(config: Config) -> Shapes | None:
     """The modules of this machine's base that can be adapted; None without one."""
     try:
-        return weight_shapes(empty_model(find_base(config.model.name), head=head_of(config.train, config.data)))
+        head = head_of(config.train, config.data)
+        return weight_shapes(
+            empty_model(find_base(config.model.name), head=head, attention="eager")
+        )  # all models have it
     except FileNotFoundError:
         return None  # _base_hash has said so
 
