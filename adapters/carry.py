@@ -5,10 +5,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from corolla.adapters.dense import dense_beside
 from corolla.adapters.lora import MERGED, attached
+from corolla.adapters.matrix import along_outputs, apply_factors, apply_matrix
 from corolla.aggregation import AdapterState, Delta, DenseDelta, LowRankDelta, RowScaleDelta, low_rank
 
 
@@ -28,9 +28,10 @@ def carrying(base: nn.Module, frozen: AdapterState) -> Iterator[nn.Module]:
 
 @contextmanager
 def beside(deltas: Mapping[nn.Module, Delta]) -> Iterator[None]:
-    """Linear layers that compute x (W + ΔW)ᵀ, ΔW in float32: by a hook on each, and no PEFT, so that any can be on top.
+    """Layers that compute with W + ΔW, ΔW in float32: by a hook on each, and no PEFT, so that any can be on top.
 
-    A bias is neither scaled nor changed. A PEFT layer is taken for the layer inside it.
+    Linear ones, Conv1D and convolutions of any groups, dilation and padding. A bias is neither scaled nor changed. A
+    PEFT layer is taken for the layer inside it.
     """
     hooks = []
     try:
@@ -47,14 +48,16 @@ def beside(deltas: Mapping[nn.Module, Delta]) -> Iterator[None]:
 
 def _factors(parts: Mapping[str, Tensor]) -> Any:
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + linear(linear(inputs[0].float(), parts["A"]), parts["B"]).to(output.dtype)
+        if not len(parts["A"]):
+            return output  # torch has no convolution with no outputs
+        return output + apply_factors(layer, inputs[0].float(), parts["A"], parts["B"]).to(output.dtype)
 
     return hook
 
 
 def _whole(parts: Mapping[str, Tensor]) -> Any:
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + linear(inputs[0].float(), parts["W"]).to(output.dtype)
+        return output + apply_matrix(layer, inputs[0].float(), parts["W"]).to(output.dtype)
 
     return hook
 
@@ -63,8 +66,8 @@ def _rows(parts: Mapping[str, Tensor]) -> Any:
     low = _factors(parts)
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        plain = output if layer.bias is None else output - layer.bias
-        scaled = output + (parts["d"][:, 0] * plain.float()).to(output.dtype)
+        plain = output if layer.bias is None else output - along_outputs(layer, layer.bias)
+        scaled = output + (along_outputs(layer, parts["d"][:, 0]) * plain.float()).to(output.dtype)
         return low(layer, inputs, scaled)  # type: ignore[no-any-return]
 
     return hook

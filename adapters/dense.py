@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corolla.adapters.matrix import apply_matrix, weight_shape
 from corolla.aggregation import DenseDelta
 
 PARAMETER = "corolla_delta_"
@@ -15,7 +16,7 @@ PARAMETER = "corolla_delta_"
 
 @contextmanager
 def dense_beside(base: nn.Module, deltas: Mapping[str, DenseDelta], name: str, trains: bool) -> Iterator[nn.Module]:
-    """`base` computing x (W₀ + ΔW)ᵀ in these modules: ΔW is a float32 parameter of its own, with gradients or without.
+    """`base` computing with W₀ + ΔW in these modules: ΔW is a float32 parameter of its own, with gradients or without.
 
     A change with one column more than its module has inputs is [ΔW | Δb], that of weight and bias together. Works in
     place, by a hook on each module, and takes everything off again at the end. Raises ValueError, naming it,
@@ -54,9 +55,9 @@ def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:
         layer: Any = base.get_submodule(module)
     except AttributeError as error:
         raise ValueError(f"a dense change needs its module in the base, got none named {module}") from error
-    expected = (layer.weight.shape[0], layer.weight.shape[1])
+    expected = weight_shape(layer)
     with_bias = (expected[0], expected[1] + 1) if getattr(layer, "bias", None) is not None else expected
-    if delta.shape not in (expected, expected[::-1], with_bias):  # transformers' Conv1D stores (in, out)
+    if delta.shape not in (expected, with_bias):
         raise ValueError(f"the change of {module} must have shape {expected}, got {delta.shape}")
     return layer
 
@@ -64,8 +65,8 @@ def _layer(base: nn.Module, module: str, delta: DenseDelta) -> Any:
 def _adding(name: str) -> Any:
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         weight = layer._parameters[PARAMETER + name]
-        x = inputs[0].to(weight.dtype)
-        bias = weight[:, x.shape[-1]] if weight.shape[1] > x.shape[-1] else None
-        return output + nn.functional.linear(x, weight[:, : x.shape[-1]], bias).to(output.dtype)
+        inside = weight_shape(layer)[1]
+        bias = weight[:, inside] if weight.shape[1] > inside else None
+        return output + apply_matrix(layer, inputs[0].to(weight.dtype), weight[:, :inside], bias).to(output.dtype)
 
     return hook

@@ -15,6 +15,7 @@ from corolla.adapters.base import Base, Opening, load_model
 from corolla.adapters.carry import added, carrying
 from corolla.adapters.folder import FolderFacts, write_peft_folder
 from corolla.adapters.heads import HEADS, TASK_TYPES, head_modules
+from corolla.adapters.matrix import as_matrix, as_stored, is_convolution
 from corolla.aggregation import AdapterState, DenseDelta, low_rank
 
 AGREES = 1e-4
@@ -31,7 +32,8 @@ def export_adapter(base: Base, adapter: AdapterState, folder: Path) -> float:
     heads = {m: delta for m in head_modules(base.model, base.head) if isinstance(delta := adapter.get(m), DenseDelta)}
     factors = low_rank({module: delta for module, delta in adapter.items() if module not in heads})
     expected = running_logits(base, adapter)
-    facts = FolderFacts(base.source.name, has_conv1d(base.model, factors), TASK_TYPES[base.head.kind])
+    task, kernels = TASK_TYPES[base.head.kind], kernels_of(base.model, factors)
+    facts = FolderFacts(base.source.name, has_conv1d(base.model, factors), task, kernels)
     write_peft_folder(factors, folder, facts, _whole_heads(base, heads))
     with _put_back(base.model, heads):
         model = PeftModel.from_pretrained(base.model, str(folder)).eval()
@@ -102,13 +104,12 @@ def merge_into(model: nn.Module, adapter: AdapterState) -> None:
             raise ValueError(f"merging needs a float32 master, got {weight.dtype} at {module}")
         if sum(weight is other for other in _weights(model)) > 1:
             raise ValueError(f"merging needs a weight of its own, got one shared with another module at {module}")
-        flipped = isinstance(layer, Conv1D)
-        dense = added(delta, weight.T if flipped else weight).float()
-        dense = dense.T if flipped else dense
-        if dense.shape[1] > weight.shape[1] and layer.bias is not None:
+        matrix = as_matrix(layer, weight)
+        dense = added(delta, matrix).float()
+        if dense.shape[1] > matrix.shape[1] and layer.bias is not None:
             layer.bias += dense[:, -1]
             dense = dense[:, :-1]
-        before = weight.clone()
+        dense, before = as_stored(layer, dense), weight.clone()
         weight += dense
         lost = float((weight.double() - before.double() - dense.double()).norm())
         if lost > 0.01 * float(dense.norm()):
@@ -123,6 +124,12 @@ def _weights(model: nn.Module) -> list[Tensor]:
 def has_conv1d(model: nn.Module, adapter: AdapterState) -> bool:
     """Whether the adapted modules are transformers' Conv1D, whose weight is stored (in, out)."""
     return any(isinstance(model.get_submodule(module), Conv1D) for module in adapter)
+
+
+def kernels_of(model: nn.Module, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
+    """Module -> (in, k…) of the adapted convolutions."""
+    layers: dict[str, Any] = {module: model.get_submodule(module) for module in adapter}
+    return {module: tuple(layer.weight.shape[1:]) for module, layer in layers.items() if is_convolution(layer)}
 
 
 def running_logits(base: Base, adapter: AdapterState) -> Tensor:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from corolla.adapters.lora import PREFIX
@@ -20,11 +21,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What a PEFT folder says beside its factors: the base's name, whether weights are stored (in, out), the task."""
+    """What a PEFT folder says beside its factors: the base's name, whether weights are stored (in, out), the task.
+
+    The task has PEFT's name, none where it is empty. `kernels` are the (in, k…) of those modules that are convolutions:
+    their A is written as one (rank, in, k…).
+    """
 
     base_name: str
     fan_in_fan_out: bool = False
     task_type: str = "CAUSAL_LM"
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 Heads = Mapping[str, Mapping[str, torch.Tensor]]
@@ -50,8 +56,11 @@ def write_peft_folder(
     tensors: dict[str, torch.Tensor] = {}
     for module, delta in adapter.items():
         padded = add([delta, zeros(*delta.shape, widest - delta.rank)])
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.A.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.B.contiguous()
+        kernel = facts.kernels.get(module, (delta.shape[1],))
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.A.reshape(widest, *kernel).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.B.reshape(
+            *padded.B.shape, *(1,) * len(kernel[1:])
+        ).contiguous()
     for module, parameters in heads.items():
         tensors |= {f"{PREFIX}{module}.{name}": tensor.contiguous() for name, tensor in parameters.items()}
     config = LoraConfig(
@@ -59,7 +68,7 @@ def write_peft_folder(
         lora_alpha=widest,
         target_modules=sorted(adapter),
         bias="none",
-        task_type=facts.task_type,
+        task_type=facts.task_type or None,
         inference_mode=True,
         modules_to_save=sorted(heads) or None,
         base_model_name_or_path=facts.base_name,
@@ -73,8 +82,8 @@ def write_peft_folder(
 def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
     """The adapter in a PEFT folder with each module's scaling folded into B; every tensor is used or refused.
 
-    Raises ValueError for anything but plain LoRA on linear modules, and FileNotFoundError, naming it, for a folder
-    without an adapter.
+    Raises ValueError for anything but plain LoRA on linear modules and convolutions, and FileNotFoundError, naming
+    it, for a folder without an adapter.
     """
     config = _read_config(folder)
     tensors = load_file(folder / WEIGHTS_FILE)
@@ -90,9 +99,11 @@ def read_peft_folder(folder: Path) -> dict[str, LowRankDelta]:
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError(f"{module} must be finite, got NaN or infinity in {folder}")
         scaling = _scaling(config, module, a.shape[0])
-        adapter[module] = LowRankDelta(a.float(), (b.double() * scaling).float())
+        adapter[module] = LowRankDelta(a.float().flatten(1), (b.double() * scaling).float().flatten(1))
     if tensors:
-        raise ValueError(f"only LoRA factors of linear modules can be read, got {sorted(tensors)[0]} in {folder}")
+        raise ValueError(
+            f"only LoRA factors of linear modules and convolutions can be read, got {sorted(tensors)[0]} in {folder}"
+        )
     if not adapter:
         raise ValueError(f"an adapter must have LoRA factors, got none in {folder}")
     return adapter
@@ -102,7 +113,11 @@ def read_peft_facts(folder: Path) -> FolderFacts:
     """What the folder's configuration says. Raises what `read_peft_folder` raises for it."""
     config = _read_config(folder)
     task = getattr(config.task_type, "value", config.task_type)
-    return FolderFacts(str(config.base_model_name_or_path or ""), bool(config.fan_in_fan_out), task or "CAUSAL_LM")
+    name, ending = str(config.base_model_name_or_path or ""), ".lora_A.weight"
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
+    kernels = {k.removeprefix(PREFIX).removesuffix(ending): tuple(s[1:]) for k, s in shapes.items() if len(s) > 2}
+    return FolderFacts(name, bool(config.fan_in_fan_out), task or "", kernels)
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from corolla.adapters.matrix import is_convolution, require_adaptable, unadaptable, weight_shape
 from corolla.adapters.spec import AdapterSpec, refuse_unsupported
 from corolla.aggregation import LowRankDelta, LowRankState, ranks
 
@@ -27,10 +29,12 @@ def _layers(model: nn.Module, name: str) -> dict[str, LoraLayer]:
         if isinstance(module, LoraLayer) and name in module.r:
             if name not in module.lora_A:
                 raise ValueError(
-                    f"only linear modules can be federated, got {type(module.get_base_layer()).__name__} at "
-                    f"{path.removeprefix(PREFIX)}: leave it out of target_modules"
+                    "only linear modules and convolutions can be federated, got "
+                    f"{type(module.get_base_layer()).__name__} at {path.removeprefix(PREFIX)}: leave it out of "
+                    "target_modules"
                 )
             found[path.removeprefix(PREFIX)] = module
+    require_adaptable((path, layer.get_base_layer()) for path, layer in found.items())
     return found
 
 
@@ -38,9 +42,21 @@ def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
-def lora_factors(model: nn.Module, name: str = LOCAL) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
+def _matrices(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), views of the parameters: those of a convolution are kernels."""
+    a, b = _factors(layer, name)
+    return a.flatten(1), b.flatten(1)
+
+
+def lora_factors(model: nn.Module, name: str = LOCAL) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Module -> the live (A, B) of adapter `name`, (rank, in) and (out, rank), and its scaling s: ΔW = s B @ A."""
-    return {module: (*_factors(layer, name), layer.scaling[name]) for module, layer in _layers(model, name).items()}
+    return {module: (*_matrices(layer, name), layer.scaling[name]) for module, layer in _layers(model, name).items()}
+
+
+def require_right(base: nn.Module, config: PeftConfig) -> None:
+    """Raises ValueError, naming it, for a convolution among the targets that PEFT would adapt, but not right."""
+    odd = [(name, layer) for name, layer in base.named_modules() if unadaptable(layer)]
+    require_adaptable((name, layer) for name, layer in odd if check_target_module_exists(config, name))
 
 
 def _require_known(model: PeftModel, name: str) -> None:
@@ -54,15 +70,13 @@ def read_adapter(model: PeftModel, name: str = LOCAL) -> dict[str, LowRankDelta]
     """The adapter `name` as module -> LowRankDelta with s folded into B: ΔW = B @ A exactly as the forward pass has it.
 
     Float32 copies on the CPU; rank patterns, alpha patterns and rsLoRA are PEFT's own scaling of each layer. Works
-    for linear layers, transformers' Conv1D and quantised linears. Raises ValueError, naming it, for whatever is not
-    plain additive LoRA.
+    for linear layers, transformers' Conv1D, quantised linears, and convolutions, whose kernel (out, in, k…) is taken
+    for the matrix (out, in · k…). Raises ValueError, naming it, for whatever is not plain additive LoRA.
     """
     _require_known(model, name)
     state = {}
     for module, layer in _layers(model, name).items():
-        a, b = (factor.detach().to("cpu", torch.float32) for factor in _factors(layer, name))
-        if a.ndim != 2:
-            raise ValueError(f"only linear modules can be federated, got a convolution at {module}")
+        a, b = (factor.detach().to("cpu", torch.float32) for factor in _matrices(layer, name))
         state[module] = LowRankDelta(a.clone(), (b.double() * layer.scaling[name]).float())
     return state
 
@@ -79,8 +93,8 @@ def write_adapter(model: PeftModel, adapter: LowRankState, name: str = LOCAL) ->
     _require_fit(layers, adapter, name)
     for module, layer in layers.items():
         a, b = _factors(layer, name)
-        a.copy_(adapter[module].A)
-        b.copy_(adapter[module].B.double() / layer.scaling[name])
+        a.copy_(adapter[module].A.reshape(a.shape))
+        b.copy_((adapter[module].B.double() / layer.scaling[name]).reshape(b.shape))
     _require_same(adapter, read_adapter(model, name), layers, name)
 
 
@@ -90,7 +104,7 @@ def _require_fit(layers: Mapping[str, LoraLayer], adapter: LowRankState, name: s
     if unknown := sorted(adapter.keys() - layers.keys()):
         raise ValueError(f"adapter {name!r} must fit the model's modules, got unknown ones: {_some(unknown)}")
     for module, layer in layers.items():
-        a, b = _factors(layer, name)
+        a, b = _matrices(layer, name)
         wanted, got = (tuple(a.shape), tuple(b.shape)), (tuple(adapter[module].A.shape), tuple(adapter[module].B.shape))
         if wanted != got:
             raise ValueError(f"{module} of adapter {name!r} needs A and B of shapes {wanted}, got {got}")
@@ -115,24 +129,26 @@ def _some(names: Collection[str], most: int = 4) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear module, adapted or not; the model may be on torch's meta device."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
-    return shapes
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every module that can be adapted: linear ones and convolutions.
+
+    The model may be on torch's meta device.
+    """
+    return {
+        name: weight_shape(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or (is_convolution(module) and not unadaptable(module))
+    }
 
 
 def target_shapes(base: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
     """Module name -> (out, in) of what `spec` adapts in `base`, by PEFT's own rules. The base is left as it was.
 
-    Raises ValueError where nothing matches (PEFT's message names the targets) or something is no linear module.
+    Raises ValueError where nothing matches (PEFT's message names the targets), or something is neither a linear module
+    nor a convolution that PEFT adapts right.
     """
     with attached(base, spec) as model:
-        return {m: (b.shape[0], a.shape[1]) for m, x in _layers(model, LOCAL).items() for a, b in [_factors(x, LOCAL)]}
+        return {module: (b.shape[0], a.shape[1]) for module, (a, b, _) in lora_factors(model).items()}
 
 
 @contextmanager
@@ -147,11 +163,13 @@ def attached(
 
     Works in place and puts the base back as it was at the end, whatever happens in between; the base weights are
     never touched. `trains` says which factors of `local` take gradients. `spec` None attaches the frozen part
-    alone. Raises what `write_adapter` raises.
+    alone. Raises what `write_adapter` raises, and ValueError for a convolution that PEFT cannot adapt right.
     """
     configs = _configs(spec, frozen)
     model: Any = None
     try:
+        for config in configs.values():
+            require_right(base, config)
         for name, config in configs.items():
             if model is None:
                 model = get_peft_model(base, config, adapter_name=name)
@@ -230,6 +248,7 @@ def attach_empty(
 
     For models on the meta device. The frozen part has `frozen_rank`, or the narrow side of a module that is less.
     """
+    require_right(base, spec.to_peft())
     model: Any = get_peft_model(base, spec.to_peft(), adapter_name=LOCAL)
     if frozen_rank:
         sides = {m: (a.shape[1], b.shape[0]) for m, (a, b, _) in lora_factors(model).items()}

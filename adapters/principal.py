@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from corolla.adapters.matrix import as_matrix
 from corolla.aggregation import LowRankDelta, Shapes
 
 
@@ -22,8 +22,7 @@ def principal_components(base: nn.Module, shapes: Shapes, rank: int) -> dict[str
 def _top(layer: Any, rank: int) -> LowRankDelta:
     if not layer.weight.is_floating_point():
         raise ValueError(f"principal components need a base in floating point, got {layer.weight.dtype}: quantise none")
-    weight = layer.weight.detach().float()
-    weight = weight.T if isinstance(layer, Conv1D) else weight
+    weight = as_matrix(layer, layer.weight.detach().float())
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     root = sigma[:rank].sqrt()
     a, b = root[:, None] * vh[:rank], u[:, :rank] * root

@@ -30,7 +30,7 @@ Evaluate = Callable[[Any, Any], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class OwnLoop:
-    """One client. `model` is any torch module with linear layers; nothing is ever written to it.
+    """One client. `model` is any torch module with linear layers or convolutions; nothing is ever written to it.
 
     `num_examples` is its weight in the mean. `base` names the model that all clients must have alike: by default the
     hash of its parameters. Without `evaluate`, the strategy must not ask (evaluate = "never"). Of the metrics, the

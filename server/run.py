@@ -26,10 +26,10 @@ from corolla.adapters import (
     export_adapter,
     find_base,
     head_modules,
-    linear_shapes,
     on_weights,
     principal_components,
     read_peft_folder,
+    weight_shapes,
     write_peft_folder,
 )
 from corolla.aggregation import (
@@ -210,9 +210,10 @@ def _base_hash(config: Config) -> str:
 
 
 def _modules(config: Config) -> Shapes | None:
-    """The linear modules of this machine's base; None without one."""
+    """The modules of this machine's base that can be adapted; None without one."""
     try:
-        return linear_shapes(empty_model(find_base(config.model.name), head=head_of(config.train, config.data)))
+        source, head = find_base(config.model.name), head_of(config.train, config.data)
+        return weight_shapes(empty_model(source, head=head, attention="eager"))  # which every architecture has
     except FileNotFoundError:
         return None  # _base_hash has said so
 

@@ -87,7 +87,8 @@ NO_ARRAYS = ArrayRecord()
 class FederatedLoRA(Strategy):
     """Flower's rounds around a `Method` of corolla.aggregation.
 
-    `modules` are the base's linear modules with (out, in), None where the server has no base to know them by.
+    `modules` are the base's linear modules and convolutions with (out, in), None where the server has no base to know
+    them by.
     `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
@@ -207,7 +208,9 @@ class FederatedLoRA(Strategy):
             known = (self.modules or {}).get(module)
             misfit = module in hello.shapes and known != shape and not self.kind
             if self.modules and (known is None or misfit):
-                raise Rejected(f"modules must be linear ones of the base, got {module} of shape {shape}: not there")
+                raise Rejected(
+                    f"modules must be linear ones or convolutions of the base, got {module} of shape {shape}: not there"
+                )
         if self.kind:
             self._require_one_basis(self.kind, hello)
         if self.model is None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def read_adapters(folders: Sequence[Path], weights: Sequence[float] = (), any_ba
     given = dict(zip(found, weights or [1.0] * len(folders), strict=True))
     total = sum(given.values())
     shares = {label: weight / total for label, weight in sorted(given.items())}
-    return Adapters(tuple(ClientUpdate(label, 1, adapter) for label, adapter in found.items()), shares, facts[0])
+    updates = tuple(ClientUpdate(label, 1, adapter) for label, adapter in found.items())
+    kernels = {module: kernel for fact in facts for module, kernel in fact.kernels.items()}
+    return Adapters(updates, shares, replace(facts[0], kernels=kernels))
 
 
 def _require_one_shape(adapters: dict[str, LowRankState] | dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SqueezeBertConfig,
+    SqueezeBertModel,
 )
 
 CHAT = (
@@ -75,5 +77,18 @@ def write_tiny_bert(folder: Path) -> Path:
         max_position_embeddings=128, pad_token_id=256,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_squeezebert(folder: Path) -> Path:
+    """An encoder whose layers are convolutions of size 1, some in groups."""
+    torch.manual_seed(0)
+    groups = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate")} | {"output_groups": 2}
+    config = SqueezeBertConfig(
+        vocab_size=264, hidden_size=32, embedding_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, pad_token_id=256, **groups,
+    )  # fmt: skip
+    SqueezeBertModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from corolla.adapters.kinds.kind import Kind, base_weight, on_cpu
 from corolla.adapters.lora import LOCAL
+from corolla.adapters.matrix import weight_shape
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import Delta, FreshRows, RowScaleDelta
 
@@ -39,18 +40,18 @@ class Dora(Kind):
     def begin(self, layer: Any, module: str, fresh: FreshRows) -> None:
         """Draws A; B is zero, so the magnitudes are what they were."""
         a = layer.lora_A[LOCAL].weight
-        a.copy_(fresh.rows(module, 0, *a.shape))
+        a.copy_(fresh.rows(module, 0, *a.flatten(1).shape).reshape(a.shape))
 
     def shape(self, layer: Any) -> tuple[int, int]:
         """(out, in)."""
-        return layer.lora_B[LOCAL].weight.shape[0], layer.lora_A[LOCAL].weight.shape[1]
+        return weight_shape(layer.get_base_layer())
 
     def read(self, layer: Any) -> RowScaleDelta:
         """d, and (1 + d) s B with A: in float64 from float32 parts."""
-        a, b = (on_cpu(part[LOCAL].weight) for part in (layer.lora_A, layer.lora_B))
+        a, b = (on_cpu(part[LOCAL].weight).flatten(1) for part in (layer.lora_A, layer.lora_B))
         low = layer.scaling[LOCAL] * b.double()
         norms = torch.linalg.norm(base_weight(layer).double() + low @ a.double(), dim=1)
-        scales = (on_cpu(layer.lora_magnitude_vector[LOCAL].weight).double() / norms)[:, None]
+        scales = (on_cpu(layer.lora_magnitude_vector[LOCAL].weight).double().flatten() / norms)[:, None]
         return RowScaleDelta((scales - 1).float(), a, (scales * low).float())
 
     def unfold(self, layer: Any, delta: Delta) -> Delta:

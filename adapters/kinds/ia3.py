@@ -9,6 +9,7 @@ from peft.tuners.ia3.layer import IA3Layer
 
 from corolla.adapters.kinds.kind import Kind, on_cpu, targets_of
 from corolla.adapters.lora import LOCAL
+from corolla.adapters.matrix import weight_shape
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import Delta, DenseDelta, RowScaleDelta
 
@@ -49,7 +50,8 @@ class Ia3(Kind):
     def unfold(self, layer: Any, delta: Delta) -> Delta:
         """Scaled rows, without factors."""
         d = delta.dense()
-        return RowScaleDelta(d, d.new_zeros(0, layer.in_features), d.new_zeros(layer.out_features, 0))
+        outputs, inputs = weight_shape(layer.get_base_layer())
+        return RowScaleDelta(d, d.new_zeros(0, inputs), d.new_zeros(outputs, 0))
 
     def components(self, rank: int) -> int:
         """It has no rank."""

@@ -10,10 +10,10 @@ import torch
 from peft import PeftConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from corolla.adapters.carry import beside
-from corolla.adapters.lora import LOCAL, PREFIX
+from corolla.adapters.lora import LOCAL, PREFIX, require_right
+from corolla.adapters.matrix import as_matrix
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import AdapterState, Delta, FreshRows, add, only, scale, without
 
@@ -78,7 +78,9 @@ def attach(base: nn.Module, kind: Kind, spec: AdapterSpec) -> Iterator[tuple[Any
     """
     model: Any = None
     try:
-        model = get_peft_model(base, kind.config(spec), adapter_name=LOCAL)
+        config = kind.config(spec)
+        require_right(base, config)
+        model = get_peft_model(base, config, adapter_name=LOCAL)
         layers = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, kind.layer)}
         if both := sorted(layers.keys() & set(spec.exclude)):
             raise ValueError(f"{kind.name} must leave {both[0]} out, which is trained whole: name other target_modules")
@@ -158,8 +160,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
 def base_weight(layer: Any) -> Tensor:
     """The base's weight of a PEFT layer, (out, in), as a float32 copy on the CPU."""
     base = layer.get_base_layer()
-    weight = on_cpu(dequantize_module_weight(base))
-    return weight.T if isinstance(base, Conv1D) else weight
+    return as_matrix(base, on_cpu(dequantize_module_weight(base)))
 
 
 def targets_of(spec: AdapterSpec) -> Any:

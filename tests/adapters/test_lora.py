@@ -9,10 +9,10 @@ from corolla.adapters import (
     AdapterSpec,
     FolderFacts,
     attached,
-    linear_shapes,
     read_adapter,
     read_peft_folder,
     target_shapes,
+    weight_shapes,
     write_adapter,
     write_peft_folder,
 )
@@ -194,4 +194,4 @@ def test_a_folder_that_is_none_says_so(tmp_path):
 def test_the_linear_modules_of_a_base_hold_all_that_can_be_adapted(make):
     model = make()
     adapted = target_shapes(model, AdapterSpec(2, 2.0, "all-linear"))
-    assert adapted.items() <= linear_shapes(model).items()
+    assert adapted.items() <= weight_shapes(model).items()

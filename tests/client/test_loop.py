@@ -92,3 +92,38 @@ def test_as_a_flower_app_it_learns_under_a_method_with_a_common_start():
     assert [record.successful for record in records] == [True] * 4
     assert not any(failed for _, failed in losses)
     assert losses[-1][0]["site-0"]["loss"] < losses[0][0]["site-0"]["loss"] - 0.05
+
+
+def test_a_network_of_convolutions_is_federated_by_its_own_loop():
+    """Conv1d, Conv2d and Conv3d, and two clients of different ranks; the stack is exact, and training helps."""
+    records, losses = [], []
+
+    def convolutions():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv3d(1, 4, 2, stride=2), nn.Flatten(2, 3), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(2),
+            nn.Conv1d(4, 6, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2),
+        ).requires_grad_(False)  # fmt: skip
+
+    def open_site(context):
+        number = int(context.node_config["partition-id"])
+        data = torch.randn(8, 1, 4, 4, 4, generator=torch.Generator().manual_seed(number)), torch.ones(8, 2)
+        spec = AdapterSpec(2 + number, 4.0, ("0", "2", "5", "8"))
+        own = {"data": data, "evaluate": evaluate, "model": convolutions(), "spec": spec}
+        return site(client_id=f"site-{number}", **own)
+
+    def evaluate(model, data):
+        return {"loss": nn.functional.mse_loss(model(data[0]), data[1]).item()}
+
+    strategy = FederatedLoRA(
+        "flora",
+        clients=2,
+        evaluate="each",
+        on_round=lambda record, *rest: records.append(record),
+        on_evaluation=lambda number, found, failed: losses.append(sum(x["loss"] for x in found.values())),
+    )
+    strategy.run(InProcessGrid(own_loop(open_site), [{"partition-id": k} for k in range(2)], {}), 2)
+    assert [record.update["certificate"]["exact"] for record in records] == [True, True]
+    assert set(strategy.model.merged) == {"0", "2", "5", "8"}
+    assert strategy.model.merged["0"].shape == (4, 8)
+    assert losses[2] < losses[1] < losses[0]

@@ -6,7 +6,7 @@ from typing import Any
 from corolla.server.config import Config
 
 
-def tiny_config(model: Path, out: Path, **sections: dict[str, Any]) -> Config:
+def tiny_config(model: Path, out: Path, /, **sections: dict[str, Any]) -> Config:
     """Three clients of ranks 6, 4 and 2 on generated tasks, two rounds of two steps; `sections` change it."""
     tables: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "device": "cpu"},
