@@ -17,4 +17,4 @@ def test_the_client_is_compared_with_the_bare_script():
     assert [row[0] for row in rows] == ["0", "64", "160"]
     for row in rows:
         client, bare, ratio = map(float, (cell.replace(",", "") for cell in row[1:4]))
-        assert ratio == pytest.approx(client / bare, abs=0.01)
+        assert ratio == pytest.approx(client / bare, rel=0.03)  # of numbers that are shown rounded

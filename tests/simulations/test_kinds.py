@@ -62,8 +62,7 @@ def test_a_run_resumes_and_exports(kind, tiny_folder, tmp_path, base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reply_that_is_not_finite_is_quarantined_and_changes_nothing(kind, tiny_folder, tmp_path, monkeypatch):
-    sound = simulate(config_of(tiny_folder, tmp_path / "sound", kind, run={"rounds": 1, "clients_per_round": 3}))
+def test_a_reply_that_is_not_finite_is_quarantined(kind, tiny_folder, tmp_path, monkeypatch):
     right = Client.train
 
     def train(self, assignment):
@@ -74,12 +73,14 @@ def test_a_reply_that_is_not_finite_is_quarantined_and_changes_nothing(kind, tin
         return replace(reply, adapter=broken)
 
     monkeypatch.setattr(Client, "train", train)
-    run = simulate(config_of(tiny_folder, tmp_path / "run", kind, run={"rounds": 2, "clients_per_round": 3}))
+    run = simulate(
+        config_of(tiny_folder, tmp_path / "run", kind, run={"rounds": 2, "clients_per_round": 3, "evaluate": "never"})
+    )
+    assert run.model.is_finite()
     for line in rounds(run):
         assert line["successful"]
         assert "must be finite" in line["quarantined"]["client-001"]
         assert set(line["clients"]) - set(line["quarantined"]) == {"client-000", "client-002"}
-    assert sound.model.digest() != run.model.digest()
 
 
 @pytest.mark.parametrize("kind", KINDS)
