@@ -19,8 +19,7 @@ LORA = "lora"
 """Plain LoRA, which needs no kind: every method is made for it."""
 
 KINDS: Mapping[str, Kind] = {
-    kind.name: kind
-    for kind in (Dora(), Ia3(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(), SvFit(), Vera())
+    kind.name: kind for kind in (Dora(), Ia3(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(), SvFit(), Vera())
 }
 """The choices of `adapter.kind` besides `lora`. A new kind is a file like these and a place in this line."""
 
