@@ -47,7 +47,7 @@ MOST_NUMBERS, LONGEST_NAME = 10_000, 256
 
 
 def pack_adapter(adapter: AdapterState, names: Collection[str] = "ABd") -> ArrayRecord:
-    """The tensors by `<module>/A`, `<module>/B` and `<module>/d`, as far as they are in `names`, or `<module>/W`, in one bundle."""
+    """The tensors by `<module>/<name>` (A, B, d), as far as they are in `names`, or `<module>/W`, in one bundle."""
     parts = {}
     for module, delta in adapter.items():
         for name, tensor in delta.tensors().items():

@@ -32,6 +32,17 @@ class SpectralLayer(nn.Module, LoraLayer):
 
     adapter_layer_names = ("lora_core",)
     other_param_names = ("r", "scaling", "lora_dropout")
+    left: Tensor
+    right: Tensor
+    r: dict[str, int]
+    scaling: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    merged_adapters: list[str]
+    base_layer: Any
+    get_base_layer: Any
+    disable_adapters: Any
+    merged: Any
+    active_adapters: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, **options: Any) -> None:
         super().__init__()
