@@ -7,8 +7,10 @@ from torch import nn
 from corolla.adapters.kinds.dora import Dora
 from corolla.adapters.kinds.ia3 import Ia3
 from corolla.adapters.kinds.kind import Kind, attach, kind_shapes, train_kind, unfold_kind
+from corolla.adapters.kinds.loldu import LoLdu
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
 from corolla.adapters.kinds.randlora import RandLora
+from corolla.adapters.kinds.svfit import SvFit
 from corolla.adapters.kinds.vera import Vera
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import AdapterState
@@ -17,7 +19,7 @@ LORA = "lora"
 """Plain LoRA, which needs no kind: every method is made for it."""
 
 KINDS: Mapping[str, Kind] = {
-    kind.name: kind for kind in (Dora(), Ia3(), Miss(), MissBat(), MissMini(), RandLora(), Vera())
+    kind.name: kind for kind in (Dora(), Ia3(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(), SvFit(), Vera())
 }
 """The choices of `adapter.kind` besides `lora`. A new kind is a file like these and a place in this line."""
 

@@ -89,10 +89,12 @@ def test_bytes_up_are_those_of_the_coordinates(kind, tiny_folder, tmp_path):
     sizes = {  # of q (32, 32) and v (16, 32) in two layers, rank 4, in floats
         "dora": sum(out + 4 * (out + 32) for out in (32, 16)),
         "ia3": 32 + 16,
+        "loldu": 4 + 4,
         "miss": 4 * 32 + 4 * 16,
         "miss-bat": 32 * 4 + 16 * 4,
         "miss-mini": 4 * 4 + 4 * 4,
         "randlora": (4 * 8 + 8 * 32) + (4 * 4 + 4 * 16),
+        "svfit": 4 + 4,
         "vera": (32 + 4) + (16 + 4),
     }
     assert {c["bytes_up"] for c in rounds(run)[0]["clients"].values()} == {4 * 2 * sizes[kind]}
