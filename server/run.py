@@ -18,7 +18,6 @@ from flwr.serverapp import Grid
 
 from corolla.adapters import (
     KINDS,
-    LORA,
     Base,
     FolderFacts,
     base_hash,
@@ -26,6 +25,7 @@ from corolla.adapters import (
     export_adapter,
     find_base,
     head_modules,
+    is_lora,
     linear_shapes,
     on_weights,
     principal_components,
@@ -157,7 +157,9 @@ def build_strategy(
     """The strategy that `config` describes, at `checkpoint` where there is one."""
     run, aggregation = config.run, config.aggregation
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
-    method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
+    method, download = config.method(), Budget(aggregation.download_rank, aggregation.download_error)
+    hosted = config.hosted()
+    begin = hosted.start if hosted and hosted.begins else principal_components
     judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
     strategy: FederatedLoRA = _strategy(config.secure)(
         method,
@@ -179,7 +181,8 @@ def build_strategy(
         base_hash=_base_hash(config),
         modules=_modules(config),
         kind=KINDS.get(config.adapter.kind),
-        principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
+        hosted=hosted,
+        principal=lambda shapes, rank: begin(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
         rounds_done=checkpoint.round if checkpoint else 0,
@@ -235,13 +238,13 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
         base = _base(config)
         small = on_weights(base.model, config.spec(), small)
     except (FileNotFoundError, ImportError) as error:
-        if config.adapter.kind != LORA:
+        if not is_lora(config.adapter.kind):
             log(30, "an adapter of kind %s is not written for want of the base: %s", config.adapter.kind, error)
             return folder.path
         log(30, "the adapter is written without a head and not proven, for want of the base: %s", error)
         factors = {module: delta for module, delta in small.items() if not isinstance(delta, DenseDelta)}
         return write_peft_folder(low_rank(factors), target, FolderFacts(config.model.name))
-    if config.adapter.kind != LORA and not is_low_rank(without(small, head_modules(base.model, base.head))):
+    if not is_lora(config.adapter.kind) and not is_low_rank(without(small, head_modules(base.model, base.head))):
         log(20, "an adapter of kind %s is no LoRA: export the checkpoint with --merged", config.adapter.kind)
         return folder.path
     log(
