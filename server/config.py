@@ -140,7 +140,13 @@ class Config(Section):
                 raise ValueError(
                     f"adapter.kind = {hosted.name!r} needs {key} = {_shown(wanted)}, got {_shown(found)}: {why}"
                 )
-        method = self.aggregation.method
+        ranks, method = set(self.clients.by_name().values()), self.aggregation.method
+        if hosted.begins and len(ranks) > 1 and not self.method().mixed_ranks and self.aggregation.build().mixed_ranks:
+            raise ValueError(
+                f"adapter.kind = {hosted.name!r} needs clients of one rank with aggregation.method = {method!r}: its "
+                f"clients do not carry what their rank lacks of the start, got clients.ranks of {sorted(ranks)}: use "
+                "one rank, or a method that carries (flora, warm, fedex, ffa, rolora)"
+            )
         if why := "it has no adapters" if method == "full" else hosted.not_with.get(method, ""):
             raise ValueError(
                 f"adapter.kind = {hosted.name!r} needs another aggregation.method, got {method!r}: {why}; use 'flora'"

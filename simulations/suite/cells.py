@@ -168,7 +168,7 @@ def _centralised(home: RunFolder, config: Config, watch: Watch) -> dict[str, flo
 
 
 def train_through(client: Client, steps: int, watch: Watch) -> AdapterState:
-    """What one client alone adds to the base in one continuous training of so many steps, with one schedule and one optimizer state."""
+    """What one client adds to the base in one training of so many steps, with one schedule and optimizer state."""
     use_threads(client.settings.threads)
     train = client.settings.train.model_copy(update={"local_steps": steps, "local_epochs": None})
     settings = client.settings.model_copy(update={"train": train, "rounds": 1})
