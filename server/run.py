@@ -144,6 +144,11 @@ def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress
 
         strategy = build_strategy(config, checkpoint, folder, Recorder(folder, config, on_line, judge))
         strategy.run(grid, config.run.rounds)
+    if strategy.model and strategy.model.round and config.hosted() and not without_empty(whole(strategy.model)):
+        raise RuntimeError(
+            f"the clients' replies must change the base, got none that does in {strategy.model.round} rounds: raise "
+            "train.learning_rate, or lower adapter.sora_threshold where adapter.kind = 'sora'"
+        )
     if strategy.model is None or not strategy.model.round or not without_empty(whole(strategy.model)):
         raise RuntimeError(
             f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}"

@@ -2,7 +2,17 @@
 
 import pytest
 
-from corolla.aggregation import Budget, FreshRows, add_adapters, build_method, distance, offset, ranks, whole, with_offset
+from corolla.aggregation import (
+    Budget,
+    FreshRows,
+    add_adapters,
+    build_method,
+    distance,
+    offset,
+    ranks,
+    whole,
+    with_offset,
+)
 from corolla.aggregation.rounds import cut
 from corolla.aggregation.start import fill_adapter
 from tests.aggregation.federations import SHAPES, play, principal

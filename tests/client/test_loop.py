@@ -92,3 +92,10 @@ def test_as_a_flower_app_it_learns_under_a_method_with_a_common_start():
     assert [record.successful for record in records] == [True] * 4
     assert not any(failed for _, failed in losses)
     assert losses[-1][0]["site-0"]["loss"] < losses[0][0]["site-0"]["loss"] - 0.05
+
+
+@pytest.mark.parametrize("kind", ["dylora", "sora", "pissa", "dora"])
+def test_a_kind_that_needs_more_than_its_parameters_trained_is_refused(kind):
+    spec = AdapterSpec(2, 4.0, ("layer",), kind=kind)
+    with pytest.raises(ValueError, match=f"trains an adapter of kind lora, rslora, allora, got '{kind}'"):
+        OwnLoop("a", torch.nn.Linear(2, 2), None, spec, 1, lambda model, data, round: {})

@@ -1,18 +1,24 @@
 """Kinds that are LoRA but in training through whole runs: mixed ranks, resume, the base, replies, what is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from corolla import simulate
 from corolla.adapters import HOSTED, KIND_NAMES, carrying, open_base, read_peft_folder
 from corolla.adapters.kinds import dylora
 from corolla.aggregation import LowRankDelta, singular_values, whole
 from corolla.client.local import Client
+from corolla.client.protocol import Hello, Order, pack_adapter
 from corolla.client.training import train_round
 from corolla.server.config import Config, ConfigError
-from corolla.simulations.suite import cells
+from corolla.server.folder import RunFolder
+from corolla.server.validation import Rejected, check_arrays
+from corolla.simulations.alone import first_model, train_alone
+from corolla.simulations.simulate import clients_of
 from tests.simulations.federation import tiny_config
 
 NEEDED = {"rslora": {"alpha": 8.0}}
@@ -109,28 +115,43 @@ def sora(model, out, threshold, **sections):
 
 def test_what_sora_drops_is_not_sent_and_the_round_stays_exact(tiny_folder, tmp_path):
     sizes, replies = {}, {}
-    for threshold in (0.0, 3.0):
+    for threshold in (0.0, 1.0):
         out = tmp_path / str(threshold)
         config = sora(
-            tiny_folder, out, threshold, train={"local_steps": 4}, aggregation={"noise": True}, run={"keep_replies": True}
+            tiny_folder,
+            out,
+            threshold,
+            train={"local_steps": 4},
+            aggregation={"noise": True},
+            run={"keep_replies": True},
         )
         run = simulate(config)
         assert all(line["update"]["certificate"]["exact"] and not line["quarantined"] for line in rounds(run))
         assert all(line["noise"]["methods"]["flora"]["relative_error"] < 1e-5 for line in rounds(run))
         sizes[threshold] = {c: facts["bytes_up"] for c, facts in rounds(run)[-1]["clients"].items()}
-        replies[threshold] = run.folder.load_replies(3) if hasattr(run, "folder") else None
+        replies[threshold] = RunFolder(run.folder).load_replies(3)
     assert sizes[0.0] == {"client-000": 5376, "client-001": 3584, "client-002": 1792}
-    assert all(sizes[3.0][client] < size for client, size in sizes[0.0].items())
+    assert all(sizes[1.0][client] < size for client, size in sizes[0.0].items())
+    kept = {client: [d.rank for d in adapter.values()] for client, adapter in replies[1.0].items()}
+    assert len({tuple(found) for found in kept.values()}) > 1
+    for client, adapter in replies[1.0].items():
+        assert sizes[1.0][client] == sum(delta.nbytes for delta in adapter.values())
+        assert all(delta.rank == 1 or (delta.B != 0).any(dim=0).all() for delta in adapter.values())
 
 
 def test_under_a_start_zeros_stay_in_their_places(tiny_folder, tmp_path):
-    config = sora(tiny_folder, tmp_path / "run", 3.0, train={"local_steps": 4}, aggregation={"method": "warm"})
+    config = sora(tiny_folder, tmp_path / "run", 1.0, train={"local_steps": 4}, aggregation={"method": "warm"})
     for line in rounds(simulate(config)):
         assert line["update"]["certificate"]["exact"]
         assert not line["quarantined"]
         assert {c: f["bytes_up"] for c, f in line["clients"].items()} == {
             "client-000": 5376, "client-001": 3584, "client-002": 1792
         }  # fmt: skip
+
+
+def test_gates_that_all_close_are_said_to(tiny_folder, tmp_path):
+    with pytest.raises(RuntimeError, match=r"must change the base, got none .* in 1 rounds: .*sora_threshold"):
+        simulate(sora(tiny_folder, tmp_path / "run", 50.0, run={"rounds": 1}))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +181,6 @@ def test_a_reply_of_fewer_components_is_for_sora_without_a_start_alone(
     (line,) = rounds(run)
     assert line["successful"]
     if reason:
-        import re
-
         assert re.search(reason, line["quarantined"]["client-000"])
         assert set(line["quarantined"]) == {"client-000"}
     else:
@@ -173,9 +192,6 @@ def widened(delta, by):
 
 
 def test_a_reply_whose_factors_differ_in_rank_is_refused():
-    from corolla.client.protocol import Hello, Order, pack_adapter
-    from corolla.server.validation import Rejected, check_arrays
-
     hello, order = Hello("a", 4, "", 1, {"m": (5, 6)}), Order(1, 4, "AB", 0, 0, "", "", "")
     record = pack_adapter({"m": LowRankDelta(torch.zeros(2, 6), torch.zeros(5, 2))})
     check_arrays(record, hello, order, least=1)
@@ -194,8 +210,6 @@ def test_a_reply_whose_factors_differ_in_rank_is_refused():
 
 
 def test_gates_do_not_decay(tiny_folder, tmp_path, monkeypatch):
-    from transformers import TrainerCallback
-
     seen = {}
 
     class Watches(TrainerCallback):
@@ -221,7 +235,7 @@ def test_gates_do_not_decay(tiny_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sora", "pissa"])
 def test_secure_sums_add_up(kind, tiny_folder, tmp_path):
-    adapter = {"sora_threshold": 3.0}
+    adapter = {"sora_threshold": 1.0}
     plain = simulate(config_of(tiny_folder, tmp_path / "plain", kind, adapter=adapter, run={"rounds": 2}))
     secure = simulate(
         config_of(tiny_folder, tmp_path / "secure", kind, adapter=adapter, run={"rounds": 2}, secure={"sums": True})
@@ -235,26 +249,28 @@ def test_secure_sums_add_up(kind, tiny_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["sora", "allora", "dylora", "pissa"])
 def test_a_personal_adapter_and_a_robust_rule_go_with_it(kind, tiny_folder, tmp_path):
     config = config_of(
-        tiny_folder, tmp_path / "run", kind, adapter={"personal_rank": 2}, aggregation={"robust": "clip"}, run={"rounds": 2}
+        tiny_folder,
+        tmp_path / "run",
+        kind,
+        adapter={"personal_rank": 2},
+        aggregation={"robust": "clip"},
+        run={"rounds": 2},
     )
     assert all(line["successful"] and not line["quarantined"] for line in rounds(simulate(config)))
 
 
 def test_a_client_alone_begins_where_the_run_began(tiny_folder, tmp_path, monkeypatch):
     """The run of one client, and the client alone, are the same."""
-    from corolla.simulations.alone import train_alone
-    from corolla.simulations.simulate import clients_of
-
-    config = config_of(tiny_folder, tmp_path / "run", "pissa", clients={"count": 1, "ranks": (4,)}, run={"keep_replies": True})
+    config = config_of(
+        tiny_folder, tmp_path / "run", "pissa", clients={"count": 1, "ranks": (4,)}, run={"keep_replies": True}
+    )
     run = simulate(config)
     (client,) = clients_of(config).values()
-    from corolla.server.folder import RunFolder
-
     alone = train_alone(client, RunFolder(tmp_path / "run"), run.metrics, lambda what: None)
     one, other = whole(alone), whole(run.model)
     for module in one:
         assert float((one[module].dense() - other[module].dense()).norm() / other[module].dense().norm()) < 1e-3
-    assert cells.first_model(client).start.keys() == one.keys()
+    assert first_model(client).start.keys() == one.keys()
 
 
 @pytest.mark.parametrize(
