@@ -15,7 +15,21 @@ from corolla.adapters.dense import dense_beside, read_dense
 from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import FolderFacts, read_peft_facts, read_peft_folder, write_peft_folder
 from corolla.adapters.heads import Head, head_modules, head_shapes
-from corolla.adapters.kinds import KINDS, LORA, Kind, kind_shapes, on_weights, train_kind
+from corolla.adapters.kinds import (
+    GATE,
+    HOSTED,
+    KIND_NAMES,
+    KINDS,
+    LORA,
+    Hosted,
+    Kind,
+    Training,
+    is_lora,
+    kind_shapes,
+    on_weights,
+    train_kind,
+    without_zeros,
+)
 from corolla.adapters.lora import (
     LOCAL,
     MERGED,
@@ -30,14 +44,17 @@ from corolla.adapters.lora import (
     write_adapter,
 )
 from corolla.adapters.penalties import Penalty, proximal_penalty, tail_penalty
-from corolla.adapters.principal import principal_components
+from corolla.adapters.principal import leading_factors, principal_components
 from corolla.adapters.source import DEMO, Source, base_hash, find_base
 from corolla.adapters.spec import AdapterSpec
 
 __all__ = [
     "DEMO",
     "DEVICE_MAPS",
+    "GATE",
+    "HOSTED",
     "KINDS",
+    "KIND_NAMES",
     "LOCAL",
     "LORA",
     "MERGED",
@@ -47,9 +64,11 @@ __all__ = [
     "Base",
     "FolderFacts",
     "Head",
+    "Hosted",
     "Kind",
     "Penalty",
     "Source",
+    "Training",
     "attach_empty",
     "attached",
     "base_hash",
@@ -62,7 +81,9 @@ __all__ = [
     "find_base",
     "head_modules",
     "head_shapes",
+    "is_lora",
     "kind_shapes",
+    "leading_factors",
     "on_weights",
     "open_base",
     "open_tokenizer",
@@ -79,6 +100,7 @@ __all__ = [
     "train_kind",
     "weight_shapes",
     "without_adapters",
+    "without_zeros",
     "write_adapter",
     "write_peft_folder",
 ]

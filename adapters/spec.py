@@ -15,7 +15,7 @@ class AdapterSpec:
     `target_modules` follows PEFT: "all-linear", a regular expression, or names that end a module's path.
     Modules in `exclude` are left out, whatever the targets say. `kind` is one of `KINDS`, `seed` that of its random
     bases. `alpha` is PEFT's lora_alpha; the scaling s is
-    alpha / rank, or alpha / √rank with `rslora`.
+    alpha / rank, or alpha / √rank with `rslora`. `sora_threshold` and `allora_eta` are options of those kinds.
     """
 
     rank: int
@@ -26,6 +26,8 @@ class AdapterSpec:
     exclude: tuple[str, ...] = ()
     kind: str = "lora"
     seed: int = 0
+    sora_threshold: float = 0.1
+    allora_eta: float = 10.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -35,6 +35,7 @@ from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
 from corolla.aggregation.methods.flora import stack
 from corolla.aggregation.noise import NoiseOf, measure_noise
+from corolla.aggregation.offset import with_offset
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.private import Mechanism, private_update, require_linear
 from corolla.aggregation.registry import AGGREGATORS, build_method
@@ -120,6 +121,7 @@ __all__ = [
     "stack",
     "trust",
     "whole",
+    "with_offset",
     "with_optimizer",
     "without",
     "without_empty",

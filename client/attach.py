@@ -1,6 +1,6 @@
 """What an order makes of a model: the frozen part beside it, and L_k where local training begins."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 from corolla.adapters import (
+    HOSTED,
     KINDS,
     LOCAL,
-    LORA,
     PERSONAL,
     AdapterSpec,
+    Hosted,
+    Training,
     attached,
     carrying,
     dense_beside,
+    is_lora,
     personal_beside,
     read_adapter,
     read_dense,
     train_kind,
+    without_zeros,
 )
 from corolla.aggregation import (
     Delta,
@@ -45,6 +49,7 @@ class Part:
 
     `client` (empty: shared) draws fresh rows of A of its own. `rank` below the order's trains the first components
     alone: the others act as they came and go back as they came. `personal`, with its own spec, stays on the client.
+    `seed`, other for every client and round, is that of what training draws.
     """
 
     spec: AdapterSpec
@@ -53,13 +58,16 @@ class Part:
     client: str = ""
     rank: int | None = None
     personal: tuple[AdapterSpec, LowRankState] | None = None
+    seed: int = 0
 
 
 class Attached:
-    """A model with everything attached, and what is in it."""
+    """A model with everything attached, and what is in it. `callbacks` must be told of the steps of its training."""
 
-    def __init__(self, model: Any, base: nn.Module, adapter: Callable[[], Mapping[str, Delta]]) -> None:
-        self.model, self.base, self._adapter = model, base, adapter
+    def __init__(
+        self, model: Any, base: nn.Module, adapter: Callable[[], Mapping[str, Delta]], callbacks: Sequence[Any] = ()
+    ) -> None:
+        self.model, self.base, self._adapter, self.callbacks = model, base, adapter, callbacks
 
     def read(self) -> dict[str, Delta]:
         """L_k as it is now, in absolute factors or in what was added to coordinates, and the change of each head."""
@@ -81,8 +89,9 @@ def trainable(base: nn.Module, assignment: Assignment, part: Part) -> Iterator[A
     heads, body = only(assignment.frozen, part.heads), without(assignment.frozen, part.heads)
     whole = part.heads
     adapter: Callable[[], Mapping[str, Delta]] = dict
+    hosted, training = HOSTED.get(part.spec.kind, Hosted()), Training()
     with ExitStack() as stack:
-        if part.spec.kind != LORA:
+        if not is_lora(part.spec.kind):
             stack.enter_context(carrying(base, heads))
             kind, fresh = KINDS[part.spec.kind], FreshRows(order.seed, order.fresh_round, part.client)
             model, adapter = stack.enter_context(train_kind(base, kind, part.spec, body, fresh))
@@ -93,18 +102,26 @@ def trainable(base: nn.Module, assignment: Assignment, part: Part) -> Iterator[A
             stack.enter_context(carrying(base, heads))
             start, untrained = _split(assignment, part)
             frozen = low_rank(add_adapters(body, _acting(untrained)))
-            spec = _same_scaling(part.spec, part.rank or order.rank)
+            spec = _same_scaling(hosted.adjust(part.spec), part.rank or order.rank)
             model = stack.enter_context(attached(base, spec, start, frozen, order.trains))
-            adapter = partial(_read_factors, model, untrained)
             if part.personal:
                 stack.enter_context(personal_beside(model, *part.personal))
+            training = stack.enter_context(hosted.around(model, spec, part.seed, order.trains))
+            drops = hosted.drops and may_drop(assignment)
+            adapter = partial(_read_factors, model, untrained, training, drops)
         nothing = {module: DenseDelta(torch.zeros(shape)) for module, shape in whole.items()}
         stack.enter_context(dense_beside(base, nothing, LOCAL, trains=True))
-        yield Attached(model, base, adapter)
+        yield Attached(model, base, adapter, training.callbacks)
 
 
-def _read_factors(model: Any, untrained: LowRankState) -> dict[str, Delta]:
-    return add_adapters(read_adapter(model), untrained)
+def may_drop(assignment: Assignment) -> bool:
+    """Whether a reply may leave out components that are zero: those of a start are known by their position."""
+    return not assignment.start and assignment.order.trains == "AB"
+
+
+def _read_factors(model: Any, untrained: LowRankState, training: Training, drops: bool) -> Mapping[str, Delta]:
+    found = add_adapters(training.fold(read_adapter(model)), untrained)
+    return {m: without_zeros(delta) for m, delta in low_rank(found).items()} if drops else found
 
 
 def _split(assignment: Assignment, part: Part) -> tuple[LowRankState, LowRankState]:

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from transformers.training_args import OptimizerNames
 
-from corolla.adapters import DEMO, KINDS, LORA, AdapterSpec, Base, Head, open_base
+from corolla.adapters import DEMO, HOSTED, KIND_NAMES, LORA, AdapterSpec, Base, Head, open_base
 from corolla.aggregation import parse_halved
 from corolla.client.tasks import TASKS
 
@@ -115,7 +116,7 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     """What clients attach: LoRA, or another kind of adapter; its rank is each client's own."""
 
-    kind: str = Field(LORA, description=f"lora, or one of {', '.join(KINDS)}: `corolla adapters` says what each sends")
+    kind: str = Field(LORA, description=f"one of {', '.join(KIND_NAMES)}: `corolla adapters` says what each sends")
 
     target_modules: Targets = Field(("q_proj", "v_proj"), description="PEFT's rule: names, a regex, or 'all-linear'")
     alpha: float | None = Field(None, gt=0, description="lora_alpha, the same for all ranks; unset: from scaling")
@@ -127,6 +128,8 @@ class AdapterConfig(Section):
         None, ge=1, description="a second adapter of this rank that every client trains along and keeps to itself"
     )
     init_from: str | None = Field(None, description="a PEFT adapter folder: the starting point of the global model")
+    sora_threshold: float = Field(0.1, ge=0, description="sora: ξ; each step takes learning rate · ξ off a component")
+    allora_eta: float = Field(10.0, gt=0, description="allora: η, the rate of a row's gradients before it has moved")
 
     def spec(
         self, rank: int, targets: str | tuple[str, ...] | None = None, exclude: tuple[str, ...] = (), seed: int = 0
@@ -137,13 +140,21 @@ class AdapterConfig(Section):
         """
         alpha = self.alpha or self.scaling * (math.sqrt(rank) if self.rslora else rank)
         targets = targets or self.target_modules
-        return AdapterSpec(rank, alpha, targets, self.rslora, self.dropout, exclude, self.kind, seed)
+        spec = AdapterSpec(rank, alpha, targets, self.rslora, self.dropout, exclude, self.kind, seed)
+        return replace(spec, sora_threshold=self.sora_threshold, allora_eta=self.allora_eta)
+
+    @model_validator(mode="after")
+    def _hosted_kind_fits(self) -> Self:
+        if self.kind in HOSTED:
+            scaling = None if self.scaling == AdapterConfig.model_fields["scaling"].default else self.scaling
+            HOSTED[self.kind].require(self.alpha, scaling, self.dropout)
+        return self
 
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        if value not in (LORA, *KINDS):
-            raise ValueError(f"must be one of {', '.join((LORA, *KINDS))}")
+        if value not in KIND_NAMES:
+            raise ValueError(f"must be one of {', '.join(KIND_NAMES)}")
         return value
 
 

@@ -158,6 +158,7 @@ class Client:
                 seed,
                 _penalty(work, order, config),
                 moments,
+                work.callbacks,
             )
             metrics["loss_after"] = self._probe_loss(work.model)
             adapter = work.read()
@@ -182,7 +183,8 @@ class Client:
             fresh = FreshRows(order.seed, 0, f"{self.client_id}/{PERSONAL}")
             own = self.spec(width), fill_adapter(_adapter(personal), self._shapes(), width, fresh)
         spec = self.spec(self.rank if self.kind else order.rank)
-        return Part(spec, self._shapes(), self._heads(), client, rank, own)
+        seed = seed_of(order.seed, self.client_id, order.round)
+        return Part(spec, self._shapes(), self._heads(), client, rank, own, seed)
 
     def evaluate(self, assignment: Assignment) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and score.

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from corolla.adapters import AdapterSpec, carrying, target_shapes
+from corolla.adapters import HOSTED, LORA, AdapterSpec, carrying, target_shapes
 from corolla.aggregation import Shapes
 from corolla.client.attach import Part, trainable
 from corolla.client.protocol import Assignment, Hello, Reply
@@ -34,7 +34,8 @@ class OwnLoop:
 
     `num_examples` is its weight in the mean. `base` names the model that all clients must have alike: by default the
     hash of its parameters. Without `evaluate`, the strategy must not ask (evaluate = "never"). Of the metrics, the
-    server knows train_loss, loss_before and loss_after; any others are recorded as they are.
+    server knows train_loss, loss_before and loss_after; any others are recorded as they are. Raises ValueError for a
+    kind of adapter that needs more than its parameters trained.
     """
 
     client_id: str
@@ -45,6 +46,14 @@ class OwnLoop:
     train: Train
     evaluate: Evaluate | None = None
     base: str = ""
+
+    def __post_init__(self) -> None:
+        known = [LORA, *(name for name, kind in HOSTED.items() if not (kind.begins or kind.stepwise))]
+        if self.spec.kind not in known:
+            raise ValueError(
+                f"a loop of one's own trains an adapter of kind {', '.join(known)}, got {self.spec.kind!r}: others "
+                "need Corolla's own training, or a server that begins elsewhere"
+            )
 
     @cached_property
     def _base(self) -> str:

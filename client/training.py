@@ -29,11 +29,13 @@ def train_round(
     seed: int,
     penalty: Penalty | None = None,
     moments: dict[str, Tensor] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, float]:
     """Trains what takes gradients in `model`, in place, on `examples` in their order.
 
     One optimizer step per batch_size × accumulation examples; `penalty(model)` is added to its loss. `moments`, where
-    given, are what the optimizer remembers, by `<parameter>/<name>`: taken up before, replaced after, in place. Returns
+    given, are what the optimizer remembers, by `<parameter>/<name>`: taken up before, replaced after, in place.
+    `callbacks` are told of every step. Returns
     train_loss (mean over the steps, the penalty included), tokens (not padding, the prompt included), seconds, steps
     and peak_memory_mib. Raises RuntimeError where the loss is not finite, ValueError for options that this device or
     model does not have.
@@ -59,6 +61,7 @@ def train_round(
             total_steps=rounds * steps,
             penalty=penalty,
             moments=moments,
+            callbacks=list(callbacks),
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)

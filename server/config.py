@@ -9,11 +9,12 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
-from corolla.adapters import LORA, AdapterSpec, read_peft_folder
+from corolla.adapters import HOSTED, AdapterSpec, Hosted, is_lora, read_peft_folder
 from corolla.aggregation import (
     Method,
     require_linear,
     require_majority,
+    with_offset,
 )
 from corolla.aggregation import ranks as rank_of
 from corolla.client.config import (
@@ -56,7 +57,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        method = self.aggregation.build()
+        self._hosted_fits()
+        method = self.method()
         if self.data.server_held_out and self.run.evaluate == "never":
             raise ValueError(
                 "data.server_held_out is evaluated when run.evaluate says so, got run.evaluate = 'never': use 'ends' "
@@ -113,9 +115,42 @@ class Config(Section):
         self._robust_fits()
         if self.privacy.noise_multiplier:
             self._private_fits(method)
-        if self.adapter.kind != LORA:
+        if not is_lora(self.adapter.kind):
             self._kind_fits(method)
         return self
+
+    def hosted(self) -> Hosted | None:
+        """The kind of LoRA that clients train, None for plain LoRA and for kinds that are none."""
+        return HOSTED.get(self.adapter.kind)
+
+    def method(self) -> Method:
+        """The method with its options, begun where the kind of adapter begins. Raises ValueError for what does not go
+        together."""
+        method, hosted = self.aggregation.build(), self.hosted()
+        return with_offset(method, hosted.name) if hosted and hosted.begins else method
+
+    def _hosted_fits(self) -> None:
+        """Raises ValueError for what a kind that is LoRA but in training cannot be with."""
+        hosted = self.hosted()
+        if hosted is None:
+            return
+        for key, wanted, why in hosted.needs:
+            section, _, name = key.partition(".")
+            if (found := getattr(getattr(self, section), name)) != wanted:
+                raise ValueError(
+                    f"adapter.kind = {hosted.name!r} needs {key} = {_shown(wanted)}, got {_shown(found)}: {why}"
+                )
+        ranks, method = set(self.clients.by_name().values()), self.aggregation.method
+        if hosted.begins and len(ranks) > 1 and not self.method().mixed_ranks and self.aggregation.build().mixed_ranks:
+            raise ValueError(
+                f"adapter.kind = {hosted.name!r} needs clients of one rank with aggregation.method = {method!r}: its "
+                f"clients do not carry what their rank lacks of the start, got clients.ranks of {sorted(ranks)}: use "
+                "one rank, or a method that carries (flora, warm, fedex, ffa, rolora)"
+            )
+        if why := "it has no adapters" if method == "full" else hosted.not_with.get(method, ""):
+            raise ValueError(
+                f"adapter.kind = {hosted.name!r} needs another aggregation.method, got {method!r}: {why}; use 'flora'"
+            )
 
     def _kind_fits(self, method: Method) -> None:
         """Raises ValueError for what is made for LoRA, where clients attach another kind of adapter."""
@@ -232,7 +267,7 @@ class Config(Section):
 
     def expected(self) -> Expected:
         """What clients may expect of the method, at the most: the stack of every round before the last, or its cut."""
-        method, aggregation = self.aggregation.build(), self.aggregation
+        method, aggregation = self.method(), self.aggregation
         ranks = self.clients.largest(self.run.participants(self.clients.count))
         start = ranks[0] if method.common_start else 0  # of which a client carries what its rank does not hold
         merged = (self.run.rounds - 1) * (sum(ranks) + 2 * start) + start if method.merges else 0

@@ -8,7 +8,8 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from corolla.aggregation import ClientShare, FreshRows, LowRankState, Slots, fill_adapter, only, without
-from corolla.client.protocol import Order, Reply, adapter_bytes, arrays_of
+from corolla.client.attach import may_drop
+from corolla.client.protocol import Assignment, Order, Reply, adapter_bytes, arrays_of
 from corolla.server.fleet import Fleet
 from corolla.server.validation import Rejected, check_arrays, check_numbers, check_receipt, reason_of
 
@@ -17,20 +18,23 @@ class OpenRound:
     """The orders of one round to clients of `fleet`, and what they replied.
 
     `orders` has them by client, `clients` each client's facts for the round's record; `slots`, if any, take the
-    accepted factors in.
+    accepted factors in. Where clients may drop components (`drops`), a reply of one that had no start may have fewer.
     """
 
-    def __init__(self, number: int, fleet: Fleet, slots: Slots | None = None) -> None:
-        self.number, self.fleet, self.slots = number, fleet, slots
+    def __init__(self, number: int, fleet: Fleet, slots: Slots | None = None, drops: bool = False) -> None:
+        self.number, self.fleet, self.slots, self.drops = number, fleet, slots, drops
         self.clients: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
         self._held: dict[str, LowRankState] = {}
+        self._least: dict[str, int] = {}
 
     def ask(self, client: str, order: Order, part: ClientShare) -> None:
         """Notes that `client` was sent `order` with its `part` of the model."""
         self.orders[client] = order
         self._held[client] = self._fixed_factors(client, order, part)
+        free = self.drops and may_drop(Assignment(order, part.frozen, part.start))
+        self._least[client] = 1 if free else order.rank
         self.clients[client] = {"rank": order.rank, "bytes_down": part.nbytes, "dropped_start": part.dropped}
 
     def leave_out(self, client: str, reason: str) -> None:
@@ -106,7 +110,7 @@ class OpenRound:
         """The reply, checked from what costs nothing to what costs most. Raises ValueError for what is not sound."""
         hello, order = self.fleet.clients[client], self.orders[client]
         check_receipt(Reply.unpack_receipt(content), hello, order)
-        check_arrays(arrays_of(content), hello, order)
+        check_arrays(arrays_of(content), hello, order, self._least[client])
         reply = Reply.unpack(content, self._held[client])
         check_numbers(reply.adapter)
         return reply

@@ -18,7 +18,6 @@ from flwr.serverapp import Grid
 
 from corolla.adapters import (
     KINDS,
-    LORA,
     Base,
     FolderFacts,
     base_hash,
@@ -26,6 +25,7 @@ from corolla.adapters import (
     export_adapter,
     find_base,
     head_modules,
+    is_lora,
     on_weights,
     principal_components,
     read_peft_folder,
@@ -144,6 +144,11 @@ def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress
 
         strategy = build_strategy(config, checkpoint, folder, Recorder(folder, config, on_line, judge))
         strategy.run(grid, config.run.rounds)
+    if strategy.model and strategy.model.round and config.hosted() and not without_empty(whole(strategy.model)):
+        raise RuntimeError(
+            f"the clients' replies must change the base, got none that does in {strategy.model.round} rounds: raise "
+            "train.learning_rate, or lower adapter.sora_threshold where adapter.kind = 'sora'"
+        )
     if strategy.model is None or not strategy.model.round or not without_empty(whole(strategy.model)):
         raise RuntimeError(
             f"no round of {config.run.rounds} succeeded: see the reasons in {folder.path / 'metrics.jsonl'}"
@@ -157,7 +162,9 @@ def build_strategy(
     """The strategy that `config` describes, at `checkpoint` where there is one."""
     run, aggregation = config.run, config.aggregation
     start = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else {}
-    method, download = aggregation.build(), Budget(aggregation.download_rank, aggregation.download_error)
+    method, download = config.method(), Budget(aggregation.download_rank, aggregation.download_error)
+    hosted = config.hosted()
+    begin = hosted.start if hosted and hosted.begins else principal_components
     judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
     strategy: FederatedLoRA = _strategy(config.secure)(
         method,
@@ -179,7 +186,8 @@ def build_strategy(
         base_hash=_base_hash(config),
         modules=_modules(config),
         kind=KINDS.get(config.adapter.kind),
-        principal=lambda shapes, rank: principal_components(_base(config).model, shapes, rank),
+        hosted=hosted,
+        principal=lambda shapes, rank: begin(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],
         rounds_done=checkpoint.round if checkpoint else 0,
@@ -236,13 +244,13 @@ def export_run(config: Config, adapter: AdapterState, folder: RunFolder) -> Path
         base = _base(config)
         small = on_weights(base.model, config.spec(), small)
     except (FileNotFoundError, ImportError) as error:
-        if config.adapter.kind != LORA:
+        if not is_lora(config.adapter.kind):
             log(30, "an adapter of kind %s is not written for want of the base: %s", config.adapter.kind, error)
             return folder.path
         log(30, "the adapter is written without a head and not proven, for want of the base: %s", error)
         factors = {module: delta for module, delta in small.items() if not isinstance(delta, DenseDelta)}
         return write_peft_folder(low_rank(factors), target, FolderFacts(config.model.name))
-    if config.adapter.kind != LORA and not is_low_rank(without(small, head_modules(base.model, base.head))):
+    if not is_lora(config.adapter.kind) and not is_low_rank(without(small, head_modules(base.model, base.head))):
         log(20, "an adapter of kind %s is no LoRA: export the checkpoint with --merged", config.adapter.kind)
         return folder.path
     log(

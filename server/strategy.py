@@ -15,7 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from corolla.adapters import Kind
+from corolla.adapters import Hosted, Kind
 from corolla.aggregation import (
     AdapterState,
     Budget,
@@ -90,6 +90,7 @@ class FederatedLoRA(Strategy):
     `modules` are the base's linear modules and convolutions with (out, in), None where the server has no base to know
     them by.
     `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share.
+    `hosted`, where they attach a LoRA that is trained in another way, says whether they may send fewer components.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
     `min_replies` sound ones leave the model as it is. `judge` chooses what the method is given of the sound ones.
@@ -119,6 +120,7 @@ class FederatedLoRA(Strategy):
         base_hash: str = "",
         modules: Shapes | None = None,
         kind: Kind | None = None,
+        hosted: Hosted | None = None,
         principal: Principal = no_principal,
         noise: NoiseOf | None = None,
         judge: Judge = trust,
@@ -138,6 +140,7 @@ class FederatedLoRA(Strategy):
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
         self.largest_message, self.modules, self.kind = largest_message, modules, kind
+        self.drops = hosted is not None and hosted.drops
         self.fleet = Fleet(settings, base_hash, deadline)
         self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged
@@ -247,7 +250,8 @@ class FederatedLoRA(Strategy):
         version = model.digest()
         chosen, ranks = self.sampling.draw(self.fleet.clients, self.seed, round_number), self._ranks()
         shapes = {client: self.fleet.clients[client].shapes for client in chosen}
-        self._round = OpenRound(round_number, self.fleet, Slots(shapes, ranks) if rule.trains <= set("AB") else None)
+        slots = Slots(shapes, ranks) if rule.trains <= set("AB") else None
+        self._round = OpenRound(round_number, self.fleet, slots, self.drops)
         messages = []
         for client in chosen:
             part = share(reduced, rule, ranks[client], shapes[client])

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
@@ -68,10 +69,11 @@ def check_receipt(reply: Reply, hello: Hello, order: Order) -> None:
         raise Rejected(f"processed must be from 0 to {LARGEST_COUNT}, got {reply.processed}")
 
 
-def check_arrays(record: ArrayRecord, hello: Hello, order: Order) -> None:
+def check_arrays(record: ArrayRecord, hello: Hello, order: Order, least: int | None = None) -> None:
     """Raises Rejected unless `record` has exactly the arrays of the order, by their names and declared shapes.
 
-    Before any of them is read.
+    Before any of them is read. A module may have from `least` components (None: all) to the order's, as many in A as
+    in B.
     """
     shapes = {**hello.shapes, **hello.heads}
     found: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -82,7 +84,8 @@ def check_arrays(record: ArrayRecord, hello: Hello, order: Order) -> None:
         odd = sorted(found.keys() ^ shapes.keys())
         raise Rejected(f"modules must be those of the client's hello, got a difference in {', '.join(odd[:4])}")
     for module, arrays in found.items():
-        wanted = _shapes_of(shapes[module], order, whole=module in hello.heads)
+        rank = _rank_of(arrays, order, order.rank if least is None else least)
+        wanted = _shapes_of(shapes[module], replace(order, rank=rank), whole=module in hello.heads)
         if arrays.keys() != wanted.keys():
             raise Rejected(f"{module} must come as {_some(wanted)}, got {_some(arrays)}")
         if arrays != wanted:
@@ -90,6 +93,12 @@ def check_arrays(record: ArrayRecord, hello: Hello, order: Order) -> None:
                 f"{module} must have shape {shapes[module]} and rank {order.rank}, got "
                 + ", ".join(f"{name} {shape}" for name, shape in sorted(arrays.items()))
             )
+
+
+def _rank_of(arrays: Mapping[str, tuple[int, ...]], order: Order, least: int) -> int:
+    """The rank that A says, where it may be that; else the order's."""
+    rank = arrays["A"][0] if arrays.get("A") else order.rank
+    return rank if least <= rank <= order.rank else order.rank
 
 
 def _shapes_of(shape: tuple[int, int], order: Order, *, whole: bool) -> dict[str, tuple[int, int]]:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from corolla.adapters import carrying
+from corolla.adapters import HOSTED, Hosted, carrying
 from corolla.aggregation import (
     AdapterState,
     Budget,
     ClientUpdate,
     GlobalModel,
+    Method,
     advance,
     aggregate_round,
     build_method,
     share,
     whole,
+    with_offset,
 )
 from corolla.client.local import Client
 from corolla.client.protocol import Assignment, Order, share_digest
@@ -111,7 +114,7 @@ def train_alone(
     Its first round begins where the run's first round began, so the reply that the run kept of it (run.keep_replies)
     is taken instead of training it again.
     """
-    method, model = build_method("flora"), GlobalModel()
+    method, model = method_alone(client), first_model(client)
     for line in lines:
         if (
             line["kind"] != "round"
@@ -129,9 +132,23 @@ def train_alone(
     return model
 
 
+def method_alone(client: Client) -> Method:
+    """FLoRA, begun where the client's kind of adapter begins."""
+    hosted = HOSTED.get(client.settings.adapter.kind)
+    method = build_method("flora")
+    return with_offset(method, hosted.name) if hosted and hosted.begins else method
+
+
+def first_model(client: Client) -> GlobalModel:
+    """The model before the first round of the client alone."""
+    hosted, hello = HOSTED.get(client.settings.adapter.kind, Hosted()), client.hello()
+    begin = partial(hosted.start, client.base.model)
+    return method_alone(client).initial(hello.shapes, hello.rank, client.settings.seed, begin)
+
+
 def train_once(client: Client, model: GlobalModel, round_number: int) -> AdapterState:
-    """The adapter that the client replies when it is ordered to train a fresh one beside `model`, as FLoRA does."""
-    rule, hello = build_method("flora").constrain(round_number), client.hello()
+    """The adapter that the client replies when it is ordered to train one beside `model`, as FLoRA does."""
+    rule, hello = method_alone(client).constrain(round_number), client.hello()
     part = share(model, rule, hello.rank, hello.shapes)
     order = Order(
         round=round_number,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla.adapters import LORA, Base, export_adapter, export_merged, head_modules, on_weights
+from corolla.adapters import Base, export_adapter, export_merged, head_modules, is_lora, on_weights
 from corolla.aggregation import (
     AdapterState,
     Budget,
@@ -53,7 +53,7 @@ def export_checkpoint(
             f"full fine-tuning makes no adapter, got a run of method 'full' in {run}: use --merged, without a cut"
         )
     heads = head_modules(base.model, base.head)
-    if config.adapter.kind != LORA and not is_low_rank(without(adapter, heads)) and (not merged or rank or energy):
+    if not is_lora(config.adapter.kind) and not is_low_rank(without(adapter, heads)) and (not merged or rank or energy):
         raise ValueError(
             f"an adapter of kind {config.adapter.kind!r} is no LoRA, got one in {run}: use --merged, without a cut"
         )

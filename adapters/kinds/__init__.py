@@ -1,15 +1,21 @@
-"""The kinds of adapter beyond plain LoRA, one file each."""
+"""The kinds of adapter beyond plain LoRA, one file each: `KINDS` in coordinates of their own, `HOSTED` on LoRA's."""
 
 from collections.abc import Mapping
 
 from torch import nn
 
+from corolla.adapters.kinds.allora import Allora
+from corolla.adapters.kinds.begun import OLora, Pissa
 from corolla.adapters.kinds.dora import Dora
+from corolla.adapters.kinds.dylora import DyLora
+from corolla.adapters.kinds.hosted import Hosted, Training, without_zeros
 from corolla.adapters.kinds.ia3 import Ia3
 from corolla.adapters.kinds.kind import Kind, attach, kind_shapes, train_kind, unfold_kind
 from corolla.adapters.kinds.loldu import LoLdu
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
 from corolla.adapters.kinds.randlora import RandLora
+from corolla.adapters.kinds.rslora import RsLora
+from corolla.adapters.kinds.sora import GATE, Sora
 from corolla.adapters.kinds.svfit import SvFit
 from corolla.adapters.kinds.vera import Vera
 from corolla.adapters.spec import AdapterSpec
@@ -21,12 +27,39 @@ LORA = "lora"
 KINDS: Mapping[str, Kind] = {
     kind.name: kind for kind in (Dora(), Ia3(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(), SvFit(), Vera())
 }
-"""The choices of `adapter.kind` besides `lora`. A new kind is a file like these and a place in this line."""
+"""Kinds that aggregate in coordinates of their own. A new kind is a file like these and a place in this line."""
+
+HOSTED: Mapping[str, Hosted] = {kind.name: kind for kind in (RsLora(), Pissa(), OLora(), DyLora(), Sora(), Allora())}
+"""Kinds that differ from LoRA in training alone: A and B are what travels, and every method is made for that."""
+
+KIND_NAMES = (LORA, *KINDS, *HOSTED)
+"""The choices of `adapter.kind`."""
+
+
+def is_lora(kind: str) -> bool:
+    """Whether a kind is LoRA on the wire: plain, or hosted on it."""
+    return kind == LORA or kind in HOSTED
 
 
 def on_weights(base: nn.Module, spec: AdapterSpec, adapter: AdapterState) -> AdapterState:
     """What an adapter of this kind changes of the base's weights: LoRA is that itself, coordinates are unfolded."""
-    return adapter if spec.kind == LORA else unfold_kind(base, KINDS[spec.kind], spec, adapter)
+    return adapter if is_lora(spec.kind) else unfold_kind(base, KINDS[spec.kind], spec, adapter)
 
 
-__all__ = ["KINDS", "LORA", "Kind", "attach", "kind_shapes", "on_weights", "train_kind", "unfold_kind"]
+__all__ = [
+    "GATE",
+    "HOSTED",
+    "KINDS",
+    "KIND_NAMES",
+    "LORA",
+    "Hosted",
+    "Kind",
+    "Training",
+    "attach",
+    "is_lora",
+    "kind_shapes",
+    "on_weights",
+    "train_kind",
+    "unfold_kind",
+    "without_zeros",
+]

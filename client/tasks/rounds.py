@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from corolla.adapters import Penalty
+from corolla.adapters import GATE, Penalty
 from corolla.client.store import under
 
 
@@ -43,6 +43,11 @@ class SpansRounds:
             if parameter.requires_grad and all(t.ndim == 0 or t.shape == parameter.shape for t in found.values()):
                 optimizer.state[parameter] |= {k: _where(k, t, parameter) for k, t in found.items()}
         return optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """What decays: not the gates of an adapter, whose size is what they say."""
+        names: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if not name.endswith(GATE)]
 
     def read_moments(self) -> dict[str, Tensor]:
         """What the optimizer remembers, as copies on the CPU. Raises ValueError for what is no tensor."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.adapters import Base, carrying, on_weights
-from corolla.aggregation import AdapterState, GlobalModel, adapter_norm, distance, whole, without_empty
+from corolla.aggregation import AdapterState, adapter_norm, add_adapters, distance, whole, without_empty
 from corolla.client.answers import use_threads
 from corolla.client.data import ClientData
 from corolla.client.local import Client
@@ -15,7 +15,7 @@ from corolla.client.tasks import find_task
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.run import run_facts
-from corolla.simulations.alone import train_once
+from corolla.simulations.alone import first_model, train_once
 from corolla.simulations.simulate import Watch, clients_of, simulate
 from corolla.simulations.suite.config import BASE, CENTRALISED, LOCAL_ONLY
 
@@ -168,11 +168,12 @@ def _centralised(home: RunFolder, config: Config, watch: Watch) -> dict[str, flo
 
 
 def train_through(client: Client, steps: int, watch: Watch) -> AdapterState:
-    """A fresh adapter after one continuous training of so many steps, with one schedule and one optimizer state."""
+    """What one client adds to the base in one training of so many steps, with one schedule and optimizer state."""
     use_threads(client.settings.threads)
     train = client.settings.train.model_copy(update={"local_steps": steps, "local_epochs": None})
     settings = client.settings.model_copy(update={"train": train, "rounds": 1})
-    adapter = train_once(replace(client, settings=settings), GlobalModel(), 1)
+    before = first_model(client)
+    adapter = add_adapters(before.merged, train_once(replace(client, settings=settings), before, 1))
     watch.on_step("train")
     return adapter
 

@@ -127,3 +127,10 @@ def test_a_network_of_convolutions_is_federated_by_its_own_loop():
     assert set(strategy.model.merged) == {"0", "2", "5", "8"}
     assert strategy.model.merged["0"].shape == (4, 8)
     assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["dylora", "sora", "pissa", "dora"])
+def test_a_kind_that_needs_more_than_its_parameters_trained_is_refused(kind):
+    spec = AdapterSpec(2, 4.0, ("layer",), kind=kind)
+    with pytest.raises(ValueError, match=f"trains an adapter of kind lora, rslora, allora, got '{kind}'"):
+        OwnLoop("a", torch.nn.Linear(2, 2), None, spec, 1, lambda model, data, round: {})
