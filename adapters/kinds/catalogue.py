@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from corolla.adapters.kinds import KINDS, LORA
+from corolla.adapters.kinds import HOSTED, KINDS, LORA
 from corolla.adapters.kinds.kind import Kind, attach
 from corolla.adapters.lora import target_shapes
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import Shapes
+
+FACTORS = "factors: stack of B and A"
+"""The rule of LoRA, and of what is LoRA on the wire."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ def catalogue(base: nn.Module, spec_of: Callable[[str], AdapterSpec]) -> Iterato
     """An entry a kind, LoRA first. `base` may be on torch's meta device; `spec_of(kind)` is what would be attached."""
     spec = spec_of(LORA)
     sides = sum(map(sum, target_shapes(base, spec).values()))
-    yield Entry(LORA, "LoRA", "B (out·r), A (r·in)", "factors: stack of B and A", 4 * spec.rank * sides)
+    factors = "B (out·r), A (r·in)", FACTORS, 4 * spec.rank * sides
+    yield Entry(LORA, "LoRA", *factors)
+    for hosted in HOSTED.values():
+        yield Entry(hosted.name, hosted.title, *factors)
     for kind in KINDS.values():
         about = (kind.name, kind.title, kind.coordinates, kind.rule)
         try:

@@ -132,6 +132,10 @@ class Spectral(Kind):
 
     def _bases_of(self, module: str, layer: Any, rank: int) -> tuple[Tensor, Tensor]:
         inner = layer.get_base_layer()
+        if inner.weight.is_meta:  # a model without weights has shapes alone
+            out, inputs = inner.weight.shape
+            q = min(rank, out, inputs)
+            return inner.weight.new_empty(out, q), inner.weight.new_empty(q, inputs)
         known = _found.setdefault(inner, {})
         if self.name not in known or known[self.name][0] != rank:
             require_linear(self.name, module, inner)

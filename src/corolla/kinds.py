@@ -22,7 +22,7 @@ def adapters(
     quiet(verbose)
     with exit_codes(cure="nothing was written"):
         from corolla.adapters import empty_model, find_base
-        from corolla.adapters.kinds.catalogue import catalogue
+        from corolla.adapters.kinds.catalogue import FACTORS, catalogue
         from corolla.simulations.simulate import load_config
 
         chosen = load_config(config, settings or ())
@@ -36,7 +36,7 @@ def adapters(
             table.add_column(name, justify="right" if name.startswith("KiB") else "left")
         for entry in entries:
             size = "–" if entry.bytes_up is None else f"{entry.bytes_up / 1024:.1f}"
-            table.add_row(entry.name, entry.coordinates, size, entry.rule, "all" if entry.name == "lora" else "flora")
+            table.add_row(entry.name, entry.coordinates, size, entry.rule, "all" if entry.rule == FACTORS else "flora")
         console.print(table)
         for entry in entries:
             if entry.bytes_up is None:
