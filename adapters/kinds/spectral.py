@@ -132,9 +132,13 @@ class Spectral(Kind):
 
     def _bases_of(self, module: str, layer: Any, rank: int) -> tuple[Tensor, Tensor]:
         inner = layer.get_base_layer()
+        require_linear(self.name, module, inner)
+        if inner.weight.is_meta:  # only the shapes are asked for
+            q = min(rank, layer.out_features, layer.in_features)
+            return torch.empty(layer.out_features, q, device="meta"), torch.empty(q, layer.in_features, device="meta")
         known = _found.setdefault(inner, {})
         if self.name not in known or known[self.name][0] != rank:
-            require_linear(self.name, module, inner)
+            require_floating(self.name, module, inner)
             weight = base_weight(layer).double()
             left, right = self.bases(weight, min(rank, *weight.shape))
             known[self.name] = (rank, portable(left), portable(right))
@@ -166,12 +170,16 @@ class Spectral(Kind):
 
 
 def require_linear(name: str, module: str, layer: nn.Module) -> None:
-    """Raises ValueError for a module that is not linear, or whose weight can neither be read nor dequantised."""
+    """Raises ValueError for a module that is not linear."""
     if not isinstance(layer, nn.Linear | Conv1D):
         raise ValueError(
             f"adapter.kind = {name!r} needs linear modules, got {type(layer).__name__} at {module}: leave it out of "
             "adapter.target_modules"
         )
+
+
+def require_floating(name: str, module: str, layer: nn.Module) -> None:
+    """Raises ValueError for a weight that is no floating-point one and cannot be dequantised."""
     if not (weight := dequantize_module_weight(layer)).is_floating_point():
         raise ValueError(
             f"adapter.kind = {name!r} makes its basis from weights in floating point, got {weight.dtype} at {module}, "
