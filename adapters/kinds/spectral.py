@@ -105,7 +105,8 @@ class Spectral(Kind):
     """A kind whose bases come from the base's own weights; its coordinates are the diagonal of s M.
 
     The bases are found in float64 and rounded to the numbers of float16: what two LAPACKs find differs in the last
-    bits, which the rounding takes away but for one number in many millions, so that machines agree bit for bit.
+    bits, which the rounding takes away. None of 645,120 numbers from 15 modules of SmolLM2-135M differed between two of
+    them; where one does, the hash of the bases tells.
     """
 
     rule = "linear: mean of c"
