@@ -197,3 +197,11 @@ def test_a_quantised_weight_is_dequantised_for_its_basis(name):
         assert torch.allclose(model(x), wanted, atol=1e-4)
         with pytest.raises(ValueError, match="merging needs a weight in floating point"):
             layers["linear"].merge(safe_merge=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_meta_device_the_shapes_are_known(name):
+    with torch.device("meta"):
+        model = One(nn.Linear(12, 16))
+    with attach(model, KINDS[name], spec_of(name, 20, ("linear",))) as (_, layers):
+        assert KINDS[name].shape(layers["linear"]) == (12, 1)
