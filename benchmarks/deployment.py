@@ -25,8 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from corolla.adapters.source import DEMO, find_base
 from corolla.client.config import client_name
 from corolla.client.events import read_event
-from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, as_simulated, federation, write_config
+from tests.deploy.federation import Federation, as_simulated, begin, done_rounds, federation
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 MIB = 2**20
@@ -52,28 +51,11 @@ def serving(
             yield found
 
 
-def run(live: Federation, model: str, name: str, **changes: object) -> RunFolder:
-    """The folder of a run that goes on; `finish` waits for it."""
-    config = write_config(
-        live.folder / f"{name}.toml", Path(model), **{"run.out": name, "run.keep_replies": False, **changes}
-    )
-    live.corolla("run", str(config), "--federation=prod", "--detach")
-    path = live.folder / "runs" / name
-    live.wait_for("a run's folder", (path / "config.toml").exists)
-    return RunFolder.open(path)
-
-
-def rounds_of(folder: RunFolder) -> list[dict]:
-    """The rounds that are done."""
-    return [line for line in folder.lines() if line["kind"] == "round"]
-
-
 def ended(live: Federation) -> bool:
     """Whether the latest run has ended. Raises RuntimeError where it did not complete."""
-    status = re.findall(r"run \d+: (\S+)", live.corolla("status", "--federation=prod"))[0]
+    status = live.status()
     if status.startswith("finished") and status != "finished:completed":
-        said = live.corolla("status", "--federation=prod") + live.log("serverapp")[-3000:]
-        raise RuntimeError(f"a run must complete, got {status}: {said}")
+        raise RuntimeError(f"a run must complete, got {status}: {live.log('serverapp')[-3000:]}")
     return status == "finished:completed"
 
 
@@ -109,7 +91,8 @@ def requests() -> None:
     for worker in (True, False):
         with serving(Path(model), 1, worker) as live:
             watch = Watch(live.folder / "node-1.log", "Receiving: train message", "Sending: train message")
-            run(live, model, "timed", **{"run.rounds": 6, "clients.count": 1, "clients.ranks": [8],
+            begin(live, Path(model), "timed", **{"run.keep_replies": False,
+                "run.rounds": 6, "clients.count": 1, "clients.ranks": [8],
                 "run.evaluate": "never", "train.local_steps": 1, "data.tasks_train": 64})  # fmt: skip
             live.wait_for("the run's end", lambda live=live: ended(live), 600)
             watch.stop()
@@ -150,12 +133,13 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
     with tempfile.TemporaryDirectory() as name:
         model = write_tiny_model(Path(name))
         with serving(model, clients) as live:
-            folder = run(live, str(model), "soak", **{"run.rounds": rounds, "clients.count": clients,
+            folder = begin(live, model, "soak", **{"run.keep_replies": False,
+                "run.rounds": rounds, "clients.count": clients,
                 "run.evaluate": "never", "train.local_steps": 1})  # fmt: skip
             samples: list[dict[str, float]] = []
             began = time.monotonic()
             while len(samples) < rounds:
-                done = len(rounds_of(folder))
+                done = len(done_rounds(folder))
                 if done > len(samples):
                     samples += [memory(live)] * (done - len(samples))
                     if done % 20 == 0:
@@ -165,7 +149,7 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
                 time.sleep(0.3)
             seconds = time.monotonic() - began
             live.wait_for("the run's end", lambda: ended(live))
-            lost = sum(len(line["quarantined"]) for line in rounds_of(folder))
+            lost = sum(len(line["quarantined"]) for line in done_rounds(folder))
     fifth = max(1, rounds // 5)
     table = Table("MiB, median of rounds", f"{fifth}–{2 * fifth}", f"{rounds - fifth}–{rounds}", "growth", "a round")
     for service in sorted(samples[-2]):
@@ -194,13 +178,14 @@ def large(gigabytes: float = 1.5, database: bool = True) -> None:
         tiny_tokenizer().save_pretrained(model)
         with serving(model, 1, rank=rank, database=database) as live:
             peaks = Peaks(live)
-            folder = run(live, str(model), "large", **{"run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
+            folder = begin(live, model, "large", **{"run.keep_replies": False,
+                "run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
                 "run.evaluate": "never", "train.local_steps": 1, "train.optimizer": "sgd", "run.deadline": 1500,
                 "adapter.target_modules": ["q_proj", "o_proj"], "adapter.scaling": 0.01,
                 "aggregation.method": "fedit"})  # fmt: skip
             live.wait_for("the run's end", lambda: ended(live), 2400)
             peaks.stop()
-            lines = rounds_of(folder)
+            lines = done_rounds(folder)
     for line in lines:
         told = line["clients"].get(client_name(0), {})
         CONSOLE.print(f"round {line['round']}: {line['seconds']:.0f} s, up {told.get('bytes_up', 0) / 1e9:.2f} GB, "

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from corolla.adapters import DEVICE_MAPS, choose_device
+from corolla.adapters import DEVICE_MAPS, choose_device, is_lora
 from corolla.client.afford import Limits
 from corolla.client.config import ClientSettings
 from corolla.client.estimate import Memory, Work, adapted_shapes, estimate_memory
@@ -104,11 +104,16 @@ def make_plan(
     """The options for `budget` bytes (None: what the device has) and this work (None: examples of train.max_length).
 
     `process` are the bytes of the process by itself (None: on the CPU those that it began with). Raises ValueError for
-    full fine-tuning, which has no rank, and for a GPU that is not there, and what `estimate_memory` raises.
+    full fine-tuning, which has no rank, for a kind of adapter that is no LoRA, and for a GPU that is not there, and
+    what `estimate_memory` raises.
     """
     if not set("".join(settings.expected.turns)) <= set("AB"):
         raise ValueError(
             f"a plan chooses the rank of an adapter, got a method that trains {settings.expected.turns[0]}: use another"
+        )
+    if not is_lora(settings.adapter.kind):
+        raise ValueError(
+            f"a plan is LoRA's, got adapter.kind = {settings.adapter.kind!r}: use 'lora', or give the rank"
         )
     name, train = settings.model.device, settings.train
     budget = available_memory(name) if budget is None else budget

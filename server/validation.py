@@ -1,6 +1,5 @@
 """What a reply must be before it may touch the global model. What it is not puts it in quarantine, with the reason."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -123,8 +122,9 @@ def check_numbers(adapter: AdapterState) -> None:
 
 
 def _size(delta: Delta) -> float:
-    """A bound of ‖ΔW‖_F: the product of the norms of its tensors."""
-    return math.prod(float(tensor.double().norm()) for tensor in delta.tensors().values())
+    """A bound of ‖ΔW‖_F or of its coordinates': the product of the factors' norms, the norm of what is no factor."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in delta.tensors().items()}
+    return max(norms.pop("A", 0.0) * norms.pop("B", 0.0), *norms.values(), 0.0)
 
 
 def check_evaluation(metrics: Mapping[str, float]) -> None:

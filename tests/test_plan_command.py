@@ -46,3 +46,9 @@ def test_another_base_must_be_there(run, tmp_path):
     done = run("--model", tmp_path / "nowhere")
     assert done.exit_code == 1
     assert "no such path" in done.output.replace("\n", " ")
+
+
+def test_another_kind_than_lora_is_not_planned_as_if_it_were_one(run):
+    done = run("--memory", 64, "--set", "adapter.kind=miss", "--set", "clients.ranks=4")
+    assert done.exit_code == 1
+    assert "a plan is LoRA's, got adapter.kind = 'miss'" in " ".join(done.output.split())

@@ -40,7 +40,7 @@ def catalogue(base: nn.Module, spec_of: Callable[[str], AdapterSpec]) -> Iterato
         try:
             with attach(base, kind, spec_of(kind.name)) as (_, layers):
                 shapes = {module: kind.shape(layer) for module, layer in layers.items()}
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, TypeError) as error:  # what PEFT and the kinds raise for modules that they cannot adapt
             yield Entry(*about, None, str(error))
             continue
         yield Entry(*about, _bytes(kind, shapes, kind.components(spec.rank)))

@@ -116,12 +116,7 @@ def test_a_fault_in_what_is_read_is_caught(name, whole, monkeypatch):
     kind = type(KINDS[name])
     right = kind.read
     monkeypatch.setattr(kind, "read", lambda self, layer: _off(right(self, layer)))
-    try:
-        assert read_is_what_was_trained(whole, name) > 1e-4
-    except AssertionError:
-        raise
-    except ValueError:
-        pass  # what cannot be loaded at all is caught as well
+    assert read_is_what_was_trained(whole, name) > 1e-4
 
 
 def _off(delta):
@@ -155,7 +150,7 @@ def test_bases_are_the_same_whatever_was_drawn_before(whole):
 def test_randlora_does_not_depend_on_the_half_precision_that_a_machine_has(whole, monkeypatch):
     found = set()
     for answer in (True, False):
-        monkeypatch.setattr("peft.tuners.randlora.model.is_bf16_available", lambda answer=answer: answer, raising=False)
+        monkeypatch.setattr("peft.tuners.randlora.model.is_bf16_available", lambda answer=answer: answer)
         found.add(kind_shapes(whole, KINDS["randlora"], spec_of("randlora"))[1])
     assert len(found) == 1
 

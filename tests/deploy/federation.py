@@ -20,6 +20,7 @@ import psutil
 import yaml
 
 from corolla.client.config import client_name
+from corolla.server.folder import RunFolder
 from corolla.server.keys import write_keys
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -180,6 +181,10 @@ class Federation:
             raise RuntimeError(f"corolla {words} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout + done.stderr
 
+    def status(self) -> str:
+        """What the latest run is, such as finished:completed; empty where the SuperLink has no answer."""
+        return next(iter(re.findall(r"run \d+: (\S+)", self.corolla("status", "--federation=prod", check=False))), "")
+
     def start_server(self) -> None:
         """The SuperLink, its ServerApp's executor and the proxy, with the nodes enrolled."""
         self.start("superlink")
@@ -210,3 +215,17 @@ def federation(folder: Path, model: Path, data: Path, nodes: int = 3) -> Iterato
         yield found
     finally:
         found.stop()
+
+
+def begin(live: Federation, model: Path, name: str, **changes: object) -> RunFolder:
+    """The folder of a run that has begun."""
+    config = write_config(live.folder / f"{name}.toml", model, **{"run.out": name, **changes})
+    live.corolla("run", str(config), "--federation=prod", "--detach")
+    path = live.folder / "runs" / name
+    live.wait_for("a run's folder", (path / "config.toml").exists)
+    return RunFolder.open(path)
+
+
+def done_rounds(folder: RunFolder) -> list[dict]:
+    """The rounds that are done."""
+    return [line for line in folder.lines() if line["kind"] == "round"]

@@ -1,39 +1,23 @@
 """What really happens: a node is killed, one is late, one joins late, the server or the SuperLink is killed."""
 
 import os
-import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from corolla import simulate
 from corolla.client.config import client_name
 from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, as_simulated, write_config
+from tests.deploy.federation import Federation, as_simulated, begin, done_rounds, write_config
 
 pytestmark = pytest.mark.deploy
 
 
-def begin(live: Federation, model: Path, name: str, **changes: object) -> RunFolder:
-    """The folder of a run that has begun."""
-    config = write_config(live.folder / f"{name}.toml", model, **{"run.out": name, **changes})
-    live.corolla("run", str(config), "--federation=prod", "--detach")
-    path = live.folder / "runs" / name
-    live.wait_for("a run's folder", (path / "config.toml").exists)
-    return RunFolder.open(path)
-
-
-def rounds(folder: RunFolder) -> list[dict]:
-    """The rounds that are done."""
-    return [line for line in folder.lines() if line["kind"] == "round"]
-
-
 def await_rounds(live: Federation, folder: RunFolder, count: int) -> list[dict]:
     """The rounds, once there are so many."""
-    live.wait_for(f"round {count}", lambda: len(rounds(folder)) >= count)
-    return rounds(folder)
+    live.wait_for(f"round {count}", lambda: len(done_rounds(folder)) >= count)
+    return done_rounds(folder)
 
 
 def received(live: Federation, k: int) -> int:
@@ -43,12 +27,8 @@ def received(live: Federation, k: int) -> int:
 
 def await_end(live: Federation) -> str:
     """What the latest run ended as."""
-
-    def status() -> str:
-        return re.findall(r"run \d+: (\S+)", live.corolla("status", "--federation=prod"))[0]
-
-    live.wait_for("the run's end", lambda: status().startswith("finished"))
-    return status()
+    live.wait_for("the run's end", lambda: live.status().startswith("finished"))
+    return live.status()
 
 
 def test_a_killed_node_costs_its_round_and_a_late_one_joins_the_next(live, tiny_folder):
@@ -64,9 +44,9 @@ def test_a_killed_node_costs_its_round_and_a_late_one_joins_the_next(live, tiny_
     assert set(lost["quarantined"]) == {client_name(1)}
     assert lost["seconds"] < 150
     live.start_client(2, as_simulated(2))
-    live.wait_for("node 2 at work again", lambda: client_name(1) in rounds(folder)[-1]["clients"]
-                  and client_name(1) not in rounds(folder)[-1]["quarantined"] and len(rounds(folder)) > lost["round"])  # fmt: skip
-    joined = rounds(folder)[-1]
+    live.wait_for("node 2 at work again", lambda: client_name(1) in done_rounds(folder)[-1]["clients"]
+                  and client_name(1) not in done_rounds(folder)[-1]["quarantined"] and len(done_rounds(folder)) > lost["round"])  # fmt: skip
+    joined = done_rounds(folder)[-1]
     assert joined["clients"][client_name(1)]["bytes_down"] == joined["clients"][client_name(0)]["bytes_down"] > 0
     live.corolla("stop", "--federation=prod")
 
@@ -85,7 +65,7 @@ def test_a_reply_after_the_deadline_does_not_count_and_is_named(live, tiny_folde
     finally:
         os.killpg(live.running["app-3"].pid, signal.SIGCONT)
     assert await_end(live) == "finished:completed"
-    assert rounds(folder)[late["round"] - 1] == late
+    assert done_rounds(folder)[late["round"] - 1] == late
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +82,9 @@ def test_a_killed_server_goes_on_from_its_checkpoint_bit_for_bit(live, tiny_fold
     for pid in live.children("serverapp", "flwr-serverapp"):
         os.kill(pid, signal.SIGKILL)
     assert await_end(live) == "finished:failed"
-    assert len(rounds(folder)) < 4
+    assert len(done_rounds(folder)) < 4
     live.corolla("run", str(live.folder / "server.toml"), "--federation=prod", "--resume", seconds=500)
-    assert [line["round"] for line in rounds(folder)] == [1, 2, 3, 4]
+    assert [line["round"] for line in done_rounds(folder)] == [1, 2, 3, 4]
     assert folder.load().model.digest() == uninterrupted
 
 
@@ -129,6 +109,6 @@ def test_a_crashed_worker_is_told_and_the_next_round_is_fine(live, tiny_folder):
     live.kill("worker-1")
     live.start("worker-1")
     assert await_end(live) == "finished:completed"
-    troubles = [line["quarantined"].get(client_name(0), "") for line in rounds(folder)]
+    troubles = [line["quarantined"].get(client_name(0), "") for line in done_rounds(folder)]
     assert sum("ended while it was at work" in trouble for trouble in troubles) == 1
     assert troubles[-1] == ""

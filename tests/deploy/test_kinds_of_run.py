@@ -7,7 +7,7 @@ import pytest
 from corolla import simulate
 from corolla.client.config import client_name
 from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, write_config
+from tests.deploy.federation import Federation, begin, done_rounds, write_config
 
 pytestmark = pytest.mark.deploy
 
@@ -22,26 +22,19 @@ def both(live: Federation, model: Path, folder: Path, name: str, **changes: obje
     return RunFolder.open(live.folder / "runs" / name), RunFolder.open(simulated.folder)
 
 
-def rounds(folder: RunFolder) -> list[dict]:
-    """What the record says of each round."""
-    return [line for line in folder.lines() if line["kind"] == "round"]
-
-
 def test_the_clientapp_holds_no_torch_and_a_run_is_stopped(live, tiny_folder):
-    config = write_config(live.folder / "long.toml", tiny_folder, **{"run.out": "long", "run.rounds": 50,
-                          "run.evaluate": "never", "train.local_steps": 100})  # fmt: skip
-    live.corolla("run", str(config), "--federation=prod", "--detach")
+    changes = {"run.rounds": 50, "run.evaluate": "never", "train.local_steps": 100}
+    folder = begin(live, tiny_folder, "long", **changes)
     live.wait_for("a train message at the worker", lambda: '"question", "what": "train"' in live.log("worker-1"))
     (app,) = live.children("app-1", "flwr-clientapp")
     mapped = Path(f"/proc/{app}/maps").read_text()
     assert "libpython" in mapped or "python3" in mapped
     assert "libtorch" not in mapped
     assert "libtorch" in Path(f"/proc/{live.running['worker-1'].pid}/maps").read_text()
-    folder = RunFolder.open(live.folder / "runs" / "long")
-    live.wait_for("a round", lambda: len(rounds(folder)) >= 1)
+    live.wait_for("a round", lambda: len(done_rounds(folder)) >= 1)
     live.corolla("stop", "--federation=prod")
-    live.wait_for("the run's end", lambda: "finished:stopped" in live.corolla("status", "--federation=prod"))
-    done = len(rounds(folder))
+    live.wait_for("the run's end", lambda: live.status() == "finished:stopped")
+    done = len(done_rounds(folder))
     assert done < 50
     assert folder.load().model.round == done
 
@@ -49,20 +42,20 @@ def test_the_clientapp_holds_no_torch_and_a_run_is_stopped(live, tiny_folder):
 def test_a_robust_rule_gives_the_simulations_model(live, tiny_folder, tmp_path):
     ours, theirs = both(live, tiny_folder, tmp_path, "robust", **{"aggregation.robust": "geometric-median"})
     assert ours.load().model.digest() == theirs.load().model.digest()
-    assert set(rounds(ours)[1]["update"]) == set(rounds(theirs)[1]["update"])
+    assert set(done_rounds(ours)[1]["update"]) == set(done_rounds(theirs)[1]["update"])
 
 
 def test_secure_sums_give_the_simulations_model(live, tiny_folder, tmp_path):
     ours, theirs = both(live, tiny_folder, tmp_path, "secure", **{"secure.sums": True, "run.keep_replies": False})
     assert ours.load().model.round == 2
     assert ours.load().model.digest() == theirs.load().model.digest()
-    assert all(client_name(k) in rounds(ours)[1]["clients"] for k in range(3))
+    assert all(client_name(k) in done_rounds(ours)[1]["clients"] for k in range(3))
 
 
 def test_differential_privacy_keeps_its_account(live, tiny_folder, tmp_path):
     ours, theirs = both(live, tiny_folder, tmp_path, "private", **{"aggregation.method": "ffa",
         "clients.ranks": 4, "aggregation.weights": "uniform", "privacy.noise_multiplier": 1.0, "privacy.clip_norm": 0.5, "run.keep_replies": False})  # fmt: skip
-    spent = [[line["update"]["privacy"]["epsilon"] for line in rounds(folder)] for folder in (ours, theirs)]
+    spent = [[line["update"]["privacy"]["epsilon"] for line in done_rounds(folder)] for folder in (ours, theirs)]
     assert spent[0] == spent[1]
     assert 0 < spent[0][0] < spent[0][1]
     assert (

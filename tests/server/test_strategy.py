@@ -6,9 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corolla.aggregation import AGGREGATORS, GlobalModel, LowRankDelta, advance, build_method, client_weights, whole
+from corolla.aggregation import (
+    AGGREGATORS,
+    GlobalModel,
+    LowRankDelta,
+    RowScaleDelta,
+    advance,
+    build_method,
+    client_weights,
+    whole,
+)
 from corolla.client.protocol import Reply
 from corolla.server.strategy import FederatedLoRA, Sampling
+from corolla.server.validation import Rejected, check_numbers
 from tests.aggregation.federations import dense, difference, principal
 from tests.server.clients import SHAPES, fake_grid, nan, with_factor
 
@@ -258,3 +268,13 @@ def test_a_module_that_the_base_lacks_is_refused_where_the_server_has_the_base(s
     _, records = run(fake_grid({"a": 2, "b": 5}, hello_faults=faults), 1, clients=2, modules=SHAPES)
     assert sorted(records[0][0].clients) == ["a"]
     assert name in records[0][0].refused["b"]
+
+
+def test_factors_are_bounded_whatever_else_travels_with_them():
+    """DoRA's scales may be zero: that must not hide factors that are far too large."""
+    huge = RowScaleDelta(torch.zeros(4, 1), torch.full((1, 3), 1e10), torch.full((4, 1), 1e10))
+    with pytest.raises(Rejected, match=r"q must change by at most"):
+        check_numbers({"q": huge})
+    check_numbers({"q": RowScaleDelta(torch.zeros(4, 1), torch.ones(1, 3), torch.ones(4, 1))})
+    with pytest.raises(Rejected, match=r"q must change by at most"):
+        check_numbers({"q": RowScaleDelta(torch.full((4, 1), 1e13), torch.zeros(0, 3), torch.zeros(4, 0))})
