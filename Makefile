@@ -1,5 +1,6 @@
 # make demo   the main job on a real model      make test   the tests
 # make check  style, types and tests             make bench  the benchmarks
+# make test-apart   what takes half a minute a test: Flower's Ray engine, memory as measured
 # make test-deploy  a federation of real processes on loopback, and what may happen to it (needs nginx)
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-deploy check lint types bench clean
+.PHONY: demo test test-apart test-deploy check lint types bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ demo: $(VENV)/demo-model
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+test-apart: $(VENV)/installed
+	$(BIN)/pytest -n 0 -m 'ray or measured'
 
 test-deploy: $(VENV)/installed
 	$(BIN)/pytest -n 0 -m deploy tests/deploy

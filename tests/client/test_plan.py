@@ -61,7 +61,7 @@ def bases(tmp_path_factory):
 CLASSES = ["-s", "train.task=classification", "-s", 'data.labels=["a", "b"]', "-s", "train.batch_size=16"]
 
 
-@pytest.mark.process
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("base", "rank", "batch", "length", "more"),
     [
