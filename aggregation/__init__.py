@@ -29,19 +29,20 @@ from corolla.aggregation.delta import (
     is_low_rank,
     low_rank,
 )
-from corolla.aggregation.exact import certify, exact_mean
+from corolla.aggregation.exact import certify, exact_mean, in_order
 from corolla.aggregation.gaussian import secure_gaussian
 from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
 from corolla.aggregation.methods.flora import stack
-from corolla.aggregation.noise import NoiseOf, measure_noise
+from corolla.aggregation.noise import Against, NoiseOf, against, entropy_gap, measure_noise, pool
 from corolla.aggregation.offset import with_offset
 from corolla.aggregation.optimizers import OPTIMIZERS, with_optimizer
 from corolla.aggregation.private import Mechanism, private_update, require_linear
 from corolla.aggregation.registry import AGGREGATORS, build_method
 from corolla.aggregation.robust import ROBUST, Chosen, Judge, build_judge, require_majority, trust
-from corolla.aggregation.rounds import ClientShare, advance, cut, share, whole
+from corolla.aggregation.rounds import ClientShare, advance, cut, moved, share, whole
 from corolla.aggregation.slots import Slots
+from corolla.aggregation.spectrum import Spectrum, pooled_energy, spectrum
 from corolla.aggregation.squeeze import Squeeze, halved, parse_halved
 from corolla.aggregation.start import FreshRows, Principal, fill, fill_adapter, no_principal
 from corolla.aggregation.state import (
@@ -61,6 +62,7 @@ __all__ = [
     "ROBUST",
     "WEIGHTS",
     "AdapterState",
+    "Against",
     "Budget",
     "Certificate",
     "Chosen",
@@ -82,12 +84,14 @@ __all__ = [
     "RowScaleDelta",
     "Shapes",
     "Slots",
+    "Spectrum",
     "Squeeze",
     "adapter_norm",
     "add",
     "add_adapters",
     "advance",
     "after",
+    "against",
     "aggregate_round",
     "build_judge",
     "build_method",
@@ -98,17 +102,22 @@ __all__ = [
     "cut",
     "delta_of",
     "distance",
+    "entropy_gap",
     "exact_mean",
     "fill",
     "fill_adapter",
     "halved",
+    "in_order",
     "is_low_rank",
     "low_rank",
     "measure_noise",
+    "moved",
     "no_principal",
     "norm",
     "only",
     "parse_halved",
+    "pool",
+    "pooled_energy",
     "private_update",
     "ranks",
     "require_linear",
@@ -118,6 +127,7 @@ __all__ = [
     "secure_gaussian",
     "share",
     "singular_values",
+    "spectrum",
     "stack",
     "trust",
     "whole",

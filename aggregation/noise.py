@@ -70,13 +70,14 @@ def measure_noise(
         found[name] = {"not_applicable": reason} if reason else asdict(judge(judged, round_, download))
     for rank in sorted(set(round_.ranks.values()) - {0}):
         found[f"top-{rank}"] = asdict(judge_cut(rank, round_))
+    spectra = {module: spectrum(core) for module, core in round_.exact.items()}
     return {
         "init": init,
         "method": method.name,
         "norm": _norm(round_.exact),
         "share": shares(round_),
-        "energy": pooled_energy(round_.exact),
-        "modules": {module: asdict(spectrum(core)) for module, core in round_.exact.items()},
+        "energy": pooled_energy(spectra),
+        "modules": {module: asdict(found) for module, found in spectra.items()},
         "entropy": entropies(round_),
         "methods": found,
         "seconds": time.perf_counter() - began,
@@ -146,36 +147,73 @@ def _noise(
     bytes_down: Mapping[str, int],
     round_: Federation,
 ) -> MethodNoise:
-    error, size = _minus(reached, round_.mean), _norm(round_.exact)
-    if size <= TINY * _norm(round_.mean):
-        return MethodNoise(None, None, None, None, None, bytes_down, dict.fromkeys(round_.exact))
-    change = {m: core + error[m] for m, core in round_.exact.items()}
-    inner = sum(float((change[m] * core).sum()) for m, core in round_.exact.items())
-    moved = _norm(change)
-    largest = max(float(torch.linalg.matrix_norm(core, 2)) for core in round_.exact.values())
-    by_client = sum(round_.weights[client] * value**2 for client, value in client_errors.items())
+    modules = {m: against(reached[m] - round_.mean[m], core) for m, core in round_.exact.items()}
+    by_client = math.sqrt(sum(round_.weights[client] * value**2 for client, value in client_errors.items()))
+    return pool(modules, by_client, bytes_down, TINY * _norm(round_.mean))
+
+
+@dataclass(frozen=True)
+class Against:
+    """One module's outcome against its exact change C: ‖error‖_F and ‖·‖_2, ‖C‖_F and ‖C‖_2, ‖C + error‖_F, and
+    ⟨C + error, C⟩."""
+
+    error: float
+    spectral_error: float
+    size: float
+    spectral_size: float
+    moved: float
+    inner: float
+
+
+def against(error: Tensor, exact: Tensor) -> Against:
+    """What `error` = R − M makes of a module's `exact` change, of one shape."""
+    change = exact + error
+    return Against(
+        float(error.norm()),
+        float(torch.linalg.matrix_norm(error, 2)),
+        float(exact.norm()),
+        float(torch.linalg.matrix_norm(exact, 2)),
+        float(change.norm()),
+        float((change * exact).sum()),
+    )
+
+
+def pool(
+    modules: Mapping[str, Against], client_error: float, bytes_down: Mapping[str, int], tiny: float = 0.0
+) -> MethodNoise:
+    """A method's noise over all modules; `client_error` is ‖·‖_F, a change of no more than `tiny` is none."""
+    found = modules.values()
+    error, size, moved = (math.hypot(*(getattr(m, name) for m in found)) for name in ("error", "size", "moved"))
+    if size <= tiny:
+        return MethodNoise(None, None, None, None, None, bytes_down, dict.fromkeys(modules))
+    inner = sum(module.inner for module in found)
     return MethodNoise(
-        relative_error=_norm(error) / size,
+        relative_error=error / size,
         cosine=inner / (size * moved) if moved else None,
         gain=inner / size**2,
-        spectral_error=max(float(torch.linalg.matrix_norm(e, 2)) for e in error.values()) / largest,
-        client_error=math.sqrt(by_client) / size,
+        spectral_error=max(m.spectral_error for m in found) / max(m.spectral_size for m in found),
+        client_error=client_error / size,
         bytes_down=bytes_down,
-        modules={m: _ratio(float(error[m].norm()), float(core.norm())) for m, core in round_.exact.items()},
+        modules={name: _ratio(module.error, module.size) for name, module in modules.items()},
     )
 
 
 def entropies(round_: Federation) -> dict[str, Any]:
-    """Of the modules' spectra σ²/Σσ²: the mean entropy of the exact change (nats), Σ p_k that of the clients' changes,
-    the gap between, and ⌈e^S⌉ of the widest module, the rank that such a spectrum suggests.
-
-    The gap says how different the directions of the clients are: 0 where all moved along the same ones.
-    """
+    """The entropies of the round's exact change and of its clients' changes."""
     merged = {module: spectrum(core).entropy for module, core in round_.exact.items()}
     own = dict.fromkeys(merged, 0.0)
     for update in round_.updates:
         for module, change in _changes(update, round_).items():
             own[module] += round_.weights[update.client_id] * spectrum(change).entropy
+    return entropy_gap(merged, own)
+
+
+def entropy_gap(merged: Mapping[str, float], own: Mapping[str, float]) -> dict[str, Any]:
+    """Of the modules' spectra σ²/Σσ²: the mean entropy of the exact change (nats), Σ p_k that of the clients' changes,
+    the gap between, and ⌈e^S⌉ of the widest module, the rank that such a spectrum suggests.
+
+    The gap says how different the directions of the clients are: 0 where all moved along the same ones.
+    """
     count = len(merged) or 1
     found = {"exact": sum(merged.values()) / count, "clients": sum(own.values()) / count}
     suggested = math.ceil(math.exp(max(merged.values(), default=0.0)) - 1e-9)

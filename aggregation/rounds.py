@@ -1,19 +1,22 @@
 """From round to round: what a client receives, and how the global model goes on."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from corolla.aggregation.algebra import (
     adapter_norm,
+    add,
     add_adapters,
     after,
     compress,
     compress_adapter,
     norm,
     ranks,
+    scale,
     without_empty,
 )
-from corolla.aggregation.delta import AdapterState, LowRankState
+from corolla.aggregation.delta import AdapterState, Delta, LowRankState
 from corolla.aggregation.lowrank import Budget
 from corolla.aggregation.state import Certificate, ClientRule, GlobalModel, GlobalUpdate
 
@@ -89,6 +92,17 @@ def advance(
         error = proof.error + lost
         proof = replace(proof, exact=False, error=error, relative_error=error / size if size else error, reason=reason)
     return moved, proof
+
+
+def moved(before: GlobalModel, update: GlobalUpdate) -> float:
+    """‖merge + start' − start‖_F, how far the update moves the model, over all modules; one is held at a time."""
+    total = 0.0
+    for module in sorted({*update.merge, *update.start, *before.start}):
+        parts: list[Delta] = [adapter[module] for adapter in (update.merge, update.start) if module in adapter]
+        if module in before.start:
+            parts.append(scale(before.start[module], -1.0))
+        total += norm(add(parts)) ** 2
+    return math.sqrt(total)
 
 
 def whole(model: GlobalModel) -> AdapterState:

@@ -30,12 +30,15 @@ def spectrum(core: Tensor) -> Spectrum:
     return Spectrum(size, float(sigma[0]), effective, _entropy(sigma.square() / size**2), energy)
 
 
-def pooled_energy(cores: Mapping[str, Tensor]) -> dict[str, float]:
+def pooled_energy(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
     """Rank -> the energy of all modules that is left when each is cut to that rank."""
-    sigmas = [torch.linalg.svdvals(core) for core in cores.values()]
-    total = sum(float(sigma.square().sum()) for sigma in sigmas)
-    ranks = _powers(max((len(sigma) for sigma in sigmas), default=0)) if total else []
-    return {str(r): sum(float(sigma[:r].square().sum()) for sigma in sigmas) / total for r in ranks}
+    held = [(found.norm**2, {int(r): part for r, part in found.energy.items()}) for found in spectra.values()]
+    total = sum(size for size, _ in held)
+    if not total:
+        return {}
+    limit = max(max(energy) for _, energy in held if energy)
+    left = {r: sum(size * energy.get(r, 1.0) for size, energy in held if energy) for r in _powers(limit)}
+    return {str(r): part / total for r, part in left.items()}
 
 
 def _powers(limit: int) -> list[int]:

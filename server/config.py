@@ -159,7 +159,6 @@ class Config(Section):
             ("aggregation.method", method.name, "flora", "each kind has one exact rule, and that method applies it"),
             ("aggregation.server_optimizer", self.aggregation.server_optimizer, "none", "it works on factors"),
             ("aggregation.robust", self.aggregation.robust, "none", "the rules judge factors"),
-            ("aggregation.noise", self.aggregation.noise, False, "it compares what methods make of factors"),
             ("privacy.noise_multiplier", self.privacy.noise_multiplier, None, "it clips factors"),
             ("secure.sums", self.secure.sums, False, "it sketches factors"),
             ("train.proximal", self.train.proximal, 0.0, "it measures factors"),

@@ -26,6 +26,7 @@ from corolla.adapters import (
     find_base,
     head_modules,
     is_lora,
+    measure_parameters,
     on_weights,
     principal_components,
     read_peft_folder,
@@ -37,6 +38,7 @@ from corolla.aggregation import (
     Budget,
     DenseDelta,
     GlobalModel,
+    NoiseOf,
     Shapes,
     compress_adapter,
     is_low_rank,
@@ -165,7 +167,6 @@ def build_strategy(
     method, download = config.method(), Budget(aggregation.download_rank, aggregation.download_error)
     hosted = config.hosted()
     begin = hosted.start if hosted and hosted.begins else principal_components
-    judge = partial(measure_noise, method=method, init=config.adapter.init, download=download)
     strategy: FederatedLoRA = _strategy(config.secure)(
         method,
         settings=config.settings().model_dump_json(),
@@ -179,7 +180,7 @@ def build_strategy(
         largest_message=run.largest_message,
         budget=aggregation.budget(run.rounds),
         download=download,
-        noise=judge if aggregation.noise else None,
+        noise=_noise(config) if aggregation.noise else None,
         judge=aggregation.judge(),
         privacy=config.private(),
         evaluate=run.evaluate,
@@ -198,6 +199,24 @@ def build_strategy(
         ),
     )
     return strategy
+
+
+def _noise(config: Config) -> NoiseOf:
+    """What measures a round's noise: that of other kinds than LoRA on the base's weights.
+
+    Raises FileNotFoundError where that needs a base and this machine has none.
+    """
+    if is_lora(config.adapter.kind):
+        download = Budget(config.aggregation.download_rank, config.aggregation.download_error)
+        return partial(measure_noise, method=config.method(), init=config.adapter.init, download=download)
+    try:
+        base = _base(config)
+    except (FileNotFoundError, ImportError) as error:
+        raise FileNotFoundError(
+            f"aggregation.noise needs the base on the server for adapter.kind = {config.adapter.kind!r}, got none "
+            f"({error}): fetch it there, or leave aggregation.noise out"
+        ) from error
+    return partial(measure_parameters, base.model, KINDS[config.adapter.kind], config.spec())
 
 
 def _strategy(secure: SecureConfig) -> Callable[..., FederatedLoRA]:

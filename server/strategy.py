@@ -33,17 +33,16 @@ from corolla.aggregation import (
     Shapes,
     Slots,
     Squeeze,
-    adapter_norm,
     add_adapters,
     advance,
     aggregate_round,
     build_method,
     client_weights,
     cut,
+    moved,
     no_principal,
     ranks,
     require_linear,
-    scale_adapter,
     share,
     trust,
     whole,
@@ -360,8 +359,7 @@ class FederatedLoRA(Strategy):
                 log(30, "round %d is all but %s's alone: p_k = %.3f", self.rounds_done, client, weight)
         for client, scores in chosen.scores.items():
             self._round.clients[client]["judged"] = dict(scores)
-        change = add_adapters(outcome.merge, outcome.start, scale_adapter(before.start, -1.0))
-        size = adapter_norm(change)
+        size = moved(before, outcome)
         facts |= {"norm": size, "certificate": asdict(self._proof(proof, size)), "version": after.digest()}
         parts: dict[str, AdapterState] = {"merged": after.merged, "start": after.start}
         facts |= {f"{name}_rank": max(ranks(part).values(), default=0) for name, part in parts.items()}

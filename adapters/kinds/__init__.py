@@ -13,6 +13,7 @@ from corolla.adapters.kinds.ia3 import Ia3
 from corolla.adapters.kinds.kind import Kind, attach, kind_shapes, train_kind, unfold_kind
 from corolla.adapters.kinds.loldu import LoLdu
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
+from corolla.adapters.kinds.noise import measure_parameters
 from corolla.adapters.kinds.randlora import RandLora
 from corolla.adapters.kinds.rslora import RsLora
 from corolla.adapters.kinds.sora import GATE, Sora
@@ -58,6 +59,7 @@ __all__ = [
     "attach",
     "is_lora",
     "kind_shapes",
+    "measure_parameters",
     "on_weights",
     "train_kind",
     "unfold_kind",

@@ -1,11 +1,13 @@
 """DoRA: a magnitude for every row, and LoRA for its direction (arXiv:2402.09353)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from corolla.adapters.kinds.kind import Kind, base_weight, on_cpu
 from corolla.adapters.lora import LOCAL
@@ -50,10 +52,28 @@ class Dora(Kind):
         """d, and (1 + d) s B with A: in float64 from float32 parts."""
         a, b = (on_cpu(part[LOCAL].weight).flatten(1) for part in (layer.lora_A, layer.lora_B))
         low = layer.scaling[LOCAL] * b.double()
-        norms = torch.linalg.norm(base_weight(layer).double() + low @ a.double(), dim=1)
-        scales = (on_cpu(layer.lora_magnitude_vector[LOCAL].weight).double().flatten() / norms)[:, None]
+        scales = on_cpu(layer.lora_magnitude_vector[LOCAL].weight).double().reshape(-1, 1) / _norms(layer, low, a)
         return RowScaleDelta((scales - 1).float(), a, (scales * low).float())
+
+    def average(self, layer: Any, deltas: Sequence[Delta], weights: Sequence[float]) -> RowScaleDelta:
+        """Of the magnitudes m = (1 + d) ‖W + s B A‖_row, and of s B and A."""
+        parts = [delta.double().tensors() for delta in deltas]
+        a = _mean([part["A"] for part in parts], weights)
+        lows = [part["B"] / (1 + part["d"]) for part in parts]
+        own = [(1 + p["d"]) * _norms(layer, low, p["A"]) for p, low in zip(parts, lows, strict=True)]
+        low = _mean(lows, weights)
+        scales = _mean(own, weights) / _norms(layer, low, a)
+        return RowScaleDelta(scales - 1, a, scales * low)
 
     def unfold(self, layer: Any, delta: Delta) -> Delta:
         """The coordinates are the change."""
         return delta
+
+
+def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)]).sum(0)
+
+
+def _norms(layer: Any, low: Tensor, a: Tensor) -> Tensor:
+    """‖W + s B A‖ of every row, (out, 1), in float64."""
+    return torch.linalg.norm(base_weight(layer).double() + low.double() @ a.double(), dim=1, keepdim=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -54,6 +54,12 @@ class Kind(ABC):
     def load(self, layer: Any, delta: Delta) -> None:
         """Sets a module's coordinates, where the kind `continues`."""
         raise NotImplementedError(f"{self.name} begins at no change")
+
+    def average(self, layer: Any, deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        """The coordinates that a mean of PEFT's own parameters would have: tensor by tensor, in float64."""
+        parts = [delta.double().tensors() for delta in deltas]
+        means = {n: sum(w * part[n] for w, part in zip(weights, parts, strict=True)) for n in parts[0]}
+        return type(deltas[0])(**means)
 
     def prepare(self, layers: Mapping[str, Any], spec: AdapterSpec) -> None:  # noqa: B027  (most need nothing)
         """Makes layers ready after PEFT has made them. Raises ValueError for one that the kind cannot have."""

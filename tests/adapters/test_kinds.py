@@ -171,3 +171,32 @@ def test_coordinates_of_another_shape_are_refused_by_name(whole):
     misfit = r"self_attn\.q_proj must have coordinates of shape \(8, 32\), got \(4, 32\)"
     with pytest.raises(ValueError, match=misfit), train_kind(whole, KINDS["miss"], wider, change, FreshRows(0)):
         pass
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_averaged_parameters_are_those_that_peft_would_have(name, whole):
+    """`average` against PEFT: parameters of two clients averaged in the layers themselves, and read."""
+    kind, spec = KINDS[name], spec_of(name)
+    weights = (0.7, 0.3)
+    with attach(whole, kind, spec) as (model, layers):
+        for module, layer in layers.items():
+            kind.begin(layer, module, FreshRows(0))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        begin, states, replies = [p.detach().clone() for p in trained], [], []
+        for seed in (1, 2):
+            generator = torch.Generator().manual_seed(seed)
+            states.append([p + 0.1 * torch.randn(p.shape, generator=generator) for p in begin])
+            _set(trained, states[-1])
+            replies.append({module: kind.read(layer) for module, layer in layers.items()})
+        _set(trained, [sum(w * p for w, p in zip(weights, parts, strict=True)) for parts in zip(*states, strict=True)])
+        for module, layer in layers.items():
+            found = kind.average(layer, [reply[module] for reply in replies], weights)
+            wanted = kind.read(layer)
+            for tensor, other in zip(found.tensors().values(), wanted.double().tensors().values(), strict=True):
+                assert torch.allclose(tensor, other, atol=1e-5), module
+
+
+@torch.no_grad()
+def _set(parameters, values):
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -12,6 +12,7 @@ from corolla.adapters import KINDS
 from corolla.client.local import Client
 from corolla.server.config import Config, ConfigError
 from corolla.simulations.export import export_checkpoint
+from corolla.simulations.report import write_report
 from tests.simulations.federation import tiny_config
 
 
@@ -100,11 +101,21 @@ def test_bytes_up_are_those_of_the_coordinates(kind, tiny_folder, tmp_path):
     assert {c["bytes_up"] for c in rounds(run)[0]["clients"].values()} == {4 * 2 * sizes[kind]}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_noise_of_averaging_parameters_is_reported(kind, tiny_folder, tmp_path):
+    run = simulate(config_of(tiny_folder, tmp_path / "run", kind, run={"rounds": 2}, aggregation={"noise": True}))
+    noise = rounds(run)[1]["noise"]
+    assert noise["methods"]["flora"]["relative_error"] < 1e-6
+    found = noise["methods"]["parameter-averaging"]["relative_error"]
+    assert found > 0.01 if kind in ("dora", "randlora", "vera") else found < 1e-6
+    assert sum(noise["share"].values()) == pytest.approx(1)
+    assert "parameter-averaging" in write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"aggregation": {"method": "fedit"}}, 'needs aggregation.method = "flora", got "fedit"'),
-        ({"aggregation": {"noise": True}}, "needs aggregation.noise = false, got true"),
         ({"clients": {"ranks": (4, 2)}}, "needs clients.ranks = 1, got 2: all share one basis"),
         ({"secure": {"sums": True}}, "needs secure.sums = false"),
         ({"adapter": {"personal_rank": 2}}, "needs adapter.personal_rank = unset, got 2"),
