@@ -1,9 +1,10 @@
 """What a federation of real processes costs (Linux, with nginx).
 
-    python -m benchmarks.deployment requests|soak|large|large-in-memory
+    python -m benchmarks.deployment requests|soak|large|large-in-memory [GB]
 
 The processes are those of tests/deploy, the commands of docker/compose.yml on loopback. `requests` takes about three
-minutes on two cores, `soak` half an hour, `large` ten minutes and 16 GiB of memory.
+minutes on two cores, `soak` half an hour. `large` sends an adapter of so many
+gigabytes (0.5) there and back twice, with the SuperLink's database on or off; it takes thirty times that in memory.
 """
 
 import re
@@ -163,7 +164,7 @@ def soak(rounds: int = 300, clients: int = 2) -> None:
     CONSOLE.print(table, f"{rounds} rounds of {clients} clients, {seconds / rounds:.1f} s each, {lost} replies lost")
 
 
-def large(gigabytes: float = 1.5, database: bool = True) -> None:
+def large(gigabytes: float = 0.5, database: bool = True) -> None:
     """One adapter of this size up and down through a SuperLink; the peak of each process, over the message's size."""
     width = rank = 2048
     layers = round(gigabytes * 1e9 / (2 * 4 * rank * 2 * width))
@@ -190,6 +191,8 @@ def large(gigabytes: float = 1.5, database: bool = True) -> None:
             live.wait_for("two rounds", over, 2400)
             peaks.stop()
             lines = done_rounds(folder)
+            if len(lines) < 2:
+                CONSOLE.print(live.log("serverapp")[-3000:], markup=False)
     for line in lines:
         told = line["clients"].get(client_name(0), {})
         CONSOLE.print(f"round {line['round']}: {line['seconds']:.0f} s, up {told.get('bytes_up', 0) / 1e9:.2f} GB, "
@@ -237,6 +240,6 @@ if __name__ == "__main__":
     known = {
         "requests": requests, "soak": soak, "large": large, "large-in-memory": partial(large, database=False)
     }  # fmt: skip
-    if len(sys.argv) != 2 or sys.argv[1] not in known:
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
         sys.exit(f"what to measure must be one of {', '.join(known)}, got {sys.argv[1:]}")
-    known[sys.argv[1]]()
+    known[sys.argv[1]](*map(float, sys.argv[2:]))

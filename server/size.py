@@ -23,6 +23,6 @@ def too_large(hello: Hello, rank: int, rule: ClientRule, share: ClientShare, lar
         if size > largest * 2**30:
             return (
                 f"a message must have at most run.largest_message = {largest:g} GiB, got a {way} of "
-                f"{size / 2**30:.2f} GiB: {cure}"
+                f"{size / 2**30:.2f} GiB: {cure}, or raise it as docs/deploy.md says"
             )
     return None

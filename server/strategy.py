@@ -112,7 +112,7 @@ class FederatedLoRA(Strategy):
         clients: int = 1,
         min_replies: int = 1,
         deadline: float = 3600.0,
-        largest_message: float = 2.0,
+        largest_message: float = 0.5,
         budget: Budget | Squeeze = Budget(),
         download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
