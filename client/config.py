@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from transformers.training_args import OptimizerNames
 
-from corolla.adapters import DEMO, HOSTED, KIND_NAMES, LORA, AdapterSpec, Base, Head, open_base
+from corolla.adapters import DEMO, HOSTED, LORA, AdapterSpec, Base, Head, kind_names, open_base
 from corolla.aggregation import parse_halved
 from corolla.client.tasks import TASKS
 
@@ -116,7 +116,7 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     """What clients attach: LoRA, or another kind of adapter; its rank is each client's own."""
 
-    kind: str = Field(LORA, description=f"one of {', '.join(KIND_NAMES)}: `corolla adapters` says what each sends")
+    kind: str = Field(LORA, description=f"one of {', '.join(kind_names())}: `corolla adapters` says what each sends")
 
     target_modules: Targets = Field(("q_proj", "v_proj"), description="PEFT's rule: names, a regex, or 'all-linear'")
     alpha: float | None = Field(None, gt=0, description="lora_alpha, the same for all ranks; unset: from scaling")
@@ -153,8 +153,8 @@ class AdapterConfig(Section):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        if value not in KIND_NAMES:
-            raise ValueError(f"must be one of {', '.join(KIND_NAMES)}")
+        if value not in kind_names():
+            raise ValueError(f"must be one of {', '.join(kind_names())}")
         return value
 
 

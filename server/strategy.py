@@ -382,7 +382,7 @@ class FederatedLoRA(Strategy):
 
     def _proof(self, proof: Certificate, size: float) -> Certificate:
         """The certificate of a change of ‖·‖_F = `size`, with what happened to the updates before."""
-        return proof
+        return replace(proof, exact=False, reason=self.kind.inexact) if self.kind and self.kind.inexact else proof
 
     def _heads(self) -> set[str]:
         """The modules that clients train whole."""

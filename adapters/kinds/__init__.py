@@ -12,6 +12,7 @@ from corolla.adapters.kinds.hosted import Hosted, Training, without_zeros
 from corolla.adapters.kinds.ia3 import Ia3
 from corolla.adapters.kinds.kind import Kind, attach, kind_shapes, train_kind, unfold_kind
 from corolla.adapters.kinds.loldu import LoLdu
+from corolla.adapters.kinds.lycoris import LoHa, LoHaDense, LoKr, LoKrDense
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
 from corolla.adapters.kinds.noise import measure_parameters
 from corolla.adapters.kinds.randlora import RandLora
@@ -26,15 +27,21 @@ LORA = "lora"
 """Plain LoRA, which needs no kind: every method is made for it."""
 
 KINDS: Mapping[str, Kind] = {
-    kind.name: kind for kind in (Dora(), Ia3(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(), SvFit(), Vera())
-}
+    kind.name: kind
+    for kind in (
+        Dora(), Ia3(), LoHa(), LoHaDense(), LoKr(), LoKrDense(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(),
+        SvFit(), Vera(),
+    )
+}  # fmt: skip
 """Kinds that aggregate in coordinates of their own. A new kind is a file like these and a place in this line."""
 
 HOSTED: Mapping[str, Hosted] = {kind.name: kind for kind in (RsLora(), Pissa(), OLora(), DyLora(), Sora(), Allora())}
 """Kinds that differ from LoRA in training alone: A and B are what travels, and every method is made for that."""
 
-KIND_NAMES = (LORA, *KINDS, *HOSTED)
-"""The choices of `adapter.kind`."""
+
+def kind_names() -> tuple[str, ...]:
+    """The choices of `adapter.kind`."""
+    return (LORA, *KINDS, *HOSTED)
 
 
 def is_lora(kind: str) -> bool:
@@ -51,13 +58,13 @@ __all__ = [
     "GATE",
     "HOSTED",
     "KINDS",
-    "KIND_NAMES",
     "LORA",
     "Hosted",
     "Kind",
     "Training",
     "attach",
     "is_lora",
+    "kind_names",
     "kind_shapes",
     "measure_parameters",
     "on_weights",

@@ -24,7 +24,7 @@ class Kind(ABC):
     `coordinates` says what travels, `rule` how the server combines it. `trains` are the names of the tensors that
     travel: A and B (low-rank in its coordinates), W (a mean), or d, A and B (rows scaled). Where `continues` is true,
     the trained part begins at the global model's coordinates and replies what it added; else the global model acts
-    beside it, and it begins at no change.
+    beside it, and it begins at no change. `inexact` says why the rule does not give Σ p_k ΔW_k, where it does not.
     """
 
     name: ClassVar[str]
@@ -33,6 +33,7 @@ class Kind(ABC):
     rule: ClassVar[str]
     trains: ClassVar[frozenset[str]]
     continues: ClassVar[bool] = False
+    inexact: ClassVar[str] = ""
     layer: ClassVar[type]
 
     @abstractmethod
@@ -55,8 +56,11 @@ class Kind(ABC):
         """Sets a module's coordinates, where the kind `continues`."""
         raise NotImplementedError(f"{self.name} begins at no change")
 
-    def average(self, layer: Any, deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-        """The coordinates that a mean of PEFT's own parameters would have: tensor by tensor, in float64."""
+    def average(self, layer: Any, deltas: Sequence[Delta], weights: Sequence[float]) -> Delta | None:
+        """The coordinates that a mean of PEFT's own parameters would have: tensor by tensor, in float64.
+
+        None where they do not say.
+        """
         parts = [delta.double().tensors() for delta in deltas]
         means = {n: sum(w * part[n] for w, part in zip(weights, parts, strict=True)) for n in parts[0]}
         return type(deltas[0])(**means)

@@ -1,10 +1,12 @@
 """What averaging the parameters of a kind would make of replies, against their exact mean, on the weights."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from corolla.adapters.carry import added
@@ -16,6 +18,7 @@ from corolla.aggregation import (
     Delta,
     GlobalModel,
     Spectrum,
+    add,
     against,
     build_method,
     entropy_gap,
@@ -60,20 +63,22 @@ def measure_parameters(
             replies = {u.client_id: u.adapter[name] for u in in_order(updates) if name in u.adapter}
             if not replies:
                 continue
-            averaged = kind.average(layer, [*replies.values()], [weights[client] for client in replies])
-            outcomes = {RULE: combined[name], PARAMETERS: averaged}
+            outcomes = {RULE: combined[name]}
+            if averaged := kind.average(layer, [*replies.values()], [weights[client] for client in replies]):
+                outcomes[PARAMETERS] = averaged.single()
             for method, outcome in outcomes.items():
-                bytes_down[method] += outcome.single().nbytes
-            weight = base_weight(layer).double()
-            if name in model.merged:
-                weight = weight + added(kind.unfold(layer, model.merged[name]), weight)
-            modules[name] = _measure(kind, layer, weight, replies, weights, outcomes)
+                bytes_down[method] += outcome.nbytes
+            change = partial(_change, kind, layer, model.merged.get(name))
+            modules[name] = _measure(change, replies, weights, outcomes)
     clients = [update.client_id for update in in_order(updates)]
     exact = {name: module.exact for name, module in modules.items()}
     size = sum(found.norm**2 for found in exact.values())
     methods = {}
     for method, nbytes in bytes_down.items():
-        by_module = {name: module.outcomes[method] for name, module in modules.items()}
+        by_module = {name: module.outcomes[method] for name, module in modules.items() if method in module.outcomes}
+        if not by_module:
+            methods[method] = {"not_applicable": f"the parameters of {kind.name} do not travel"}
+            continue
         error = sum(outcome.error**2 for outcome in by_module.values()) ** 0.5  # what every client goes on from
         methods[method] = asdict(pool(by_module, error, dict.fromkeys(clients, nbytes)))
     parts = {c: sum(module.inner.get(c, 0.0) for module in modules.values()) for c in clients}
@@ -91,21 +96,30 @@ def measure_parameters(
     }
 
 
+def _change(kind: Kind, layer: Any, merged: Delta | None, delta: Delta) -> Tensor:
+    """What coordinates change of a weight (out, in) that carries what is `merged`, in float64."""
+    weight = base_weight(layer).double()
+    if merged is None:
+        return added(kind.unfold(layer, delta), weight)
+    before = added(kind.unfold(layer, merged), weight)
+    if not kind.continues:
+        return added(kind.unfold(layer, delta), weight + before)
+    both = add([merged.double(), delta.double()])
+    return added(kind.unfold(layer, both), weight) - before
+
+
 def _measure(
-    kind: Kind,
-    layer: Any,
-    weight: Tensor,
+    change: Callable[[Delta], Tensor],
     replies: Mapping[str, Delta],
     weights: Mapping[str, float],
     outcomes: Mapping[str, Delta],
 ) -> _Module:
-    """One module: `outcomes` and the weighted sum of `replies`, all as changes of `weight` (out, in)."""
-    changes = {c: weights[c] * added(kind.unfold(layer, delta), weight) for c, delta in replies.items()}
-    exact = sum(changes.values(), start=weight.new_zeros(weight.shape))
-    made = {name: added(kind.unfold(layer, delta), weight) for name, delta in outcomes.items()}
+    """One module: `outcomes` and the weighted sum of `replies`, all as changes of its weight."""
+    changes = {client: weights[client] * change(delta) for client, delta in replies.items()}
+    exact = torch.stack([*changes.values()]).sum(0)
     return _Module(
         spectrum(exact),
-        {name: against(change - exact, exact) for name, change in made.items()},
-        {client: float((change * exact).sum()) for client, change in changes.items()},
-        sum(weights[client] * spectrum(change).entropy for client, change in changes.items()),
+        {name: against(change(outcome) - exact, exact) for name, outcome in outcomes.items()},
+        {client: float((part * exact).sum()) for client, part in changes.items()},
+        sum(weights[client] * spectrum(part).entropy for client, part in changes.items()),
     )

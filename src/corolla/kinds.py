@@ -16,8 +16,8 @@ def adapters(
 ) -> None:
     """List the kinds of adapter (adapter.kind) with what a client sends per round for the configured model.
 
-    Every one is aggregated exactly, by the rule that its row names; r is the rank, of which the largest of
-    clients.ranks is taken here. Of the base, only the configuration is read.
+    Every one is aggregated exactly by the rule that its row names, unless that says otherwise; r is the rank, of
+    which the largest of clients.ranks is taken here. Of the base, only the configuration is read.
     """
     quiet(verbose)
     with exit_codes(cure="nothing was written"):
@@ -32,7 +32,7 @@ def adapters(
             entries = list(catalogue(base, lambda kind: chosen.model_copy(
                 update={"adapter": chosen.adapter.model_copy(update={"kind": kind})}).spec()))  # fmt: skip
         table = Table(title=f"{chosen.model.name}, rank {spec.rank}", title_justify="left", box=None, pad_edge=False)
-        for name in ("kind", "sends, of every module", "KiB a round", "aggregated exactly by", "methods"):
+        for name in ("kind", "sends, of every module", "KiB a round", "aggregated by", "methods"):
             table.add_column(name, justify="right" if name.startswith("KiB") else "left")
         for entry in entries:
             size = "–" if entry.bytes_up is None else f"{entry.bytes_up / 1024:.1f}"

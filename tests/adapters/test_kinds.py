@@ -8,6 +8,7 @@ from corolla.adapters.carry import added
 from corolla.adapters.kinds import attach
 from corolla.aggregation import ClientUpdate, FreshRows, GlobalModel, advance, after, build_method
 
+EXACT = [name for name, kind in KINDS.items() if not kind.inexact]
 RANK = 4
 PROBE = torch.randint(0, 200, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -80,8 +81,9 @@ def whole(tiny):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_rule_gives_the_mean_of_the_changes(name, whole):
-    assert combined_is_the_mean(whole, name) < 1e-6
+def test_the_rule_gives_the_mean_of_the_changes_or_says_that_it_does_not(name, whole):
+    apart = combined_is_the_mean(whole, name)
+    assert apart < 1e-6 if name in EXACT else apart > 1e-2
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -125,7 +127,7 @@ def _off(delta):
     return type(delta)(**{**delta.tensors(), name: tensor.flip(0).flip(1) + 0.01})
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", EXACT)
 def test_a_fault_in_the_rule_is_caught(name, whole, monkeypatch):
     kind = type(KINDS[name])
     right = kind.unfold
@@ -191,6 +193,9 @@ def test_averaged_parameters_are_those_that_peft_would_have(name, whole):
         _set(trained, [sum(w * p for w, p in zip(weights, parts, strict=True)) for parts in zip(*states, strict=True)])
         for module, layer in layers.items():
             found = kind.average(layer, [reply[module] for reply in replies], weights)
+            if found is None:  # what travels does not say what the parameters are
+                assert kind.rule == "dense: mean of ΔW"
+                continue
             wanted = kind.read(layer)
             for tensor, other in zip(found.tensors().values(), wanted.double().tensors().values(), strict=True):
                 assert torch.allclose(tensor, other, atol=1e-5), module

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from corolla import simulate
-from corolla.adapters import HOSTED, KIND_NAMES, carrying, open_base, read_peft_folder
+from corolla.adapters import HOSTED, carrying, kind_names, open_base, read_peft_folder
 from corolla.adapters.kinds import dylora
 from corolla.aggregation import LowRankDelta, singular_values, whole
 from corolla.client.local import Client
@@ -297,6 +297,6 @@ def test_what_does_not_go_together_is_refused_at_configuration(kind, sections, m
 
 
 def test_every_kind_is_listed_once():
-    assert len(set(KIND_NAMES)) == len(KIND_NAMES)
+    assert len(set(kind_names())) == len(kind_names())
     with pytest.raises(ConfigError, match="dylora"):
         Config.build({"adapter": {"kind": "dylorra"}})
