@@ -28,7 +28,10 @@ from corolla.adapters.kinds import (
     kind_shapes,
     measure_parameters,
     on_weights,
+    require_mixable,
     train_kind,
+    train_unfolded,
+    unfolded_shapes,
     without_zeros,
 )
 from corolla.adapters.lora import (
@@ -97,9 +100,12 @@ __all__ = [
     "read_dense",
     "read_peft_facts",
     "read_peft_folder",
+    "require_mixable",
     "tail_penalty",
     "target_shapes",
     "train_kind",
+    "train_unfolded",
+    "unfolded_shapes",
     "weight_shapes",
     "without_adapters",
     "without_zeros",

@@ -25,6 +25,7 @@ from corolla.adapters import (
     read_adapter,
     read_dense,
     train_kind,
+    train_unfolded,
     without_zeros,
 )
 from corolla.aggregation import (
@@ -49,7 +50,8 @@ class Part:
 
     `client` (empty: shared) draws fresh rows of A of its own. `rank` below the order's trains the first components
     alone: the others act as they came and go back as they came. `personal`, with its own spec, stays on the client.
-    `seed`, other for every client and round, is that of what training draws.
+    `seed`, other for every client and round, is that of what training draws. A kind with coordinates of its own that
+    `unfolds` receives and replies changes of the weights instead.
     """
 
     spec: AdapterSpec
@@ -59,6 +61,7 @@ class Part:
     rank: int | None = None
     personal: tuple[AdapterSpec, LowRankState] | None = None
     seed: int = 0
+    unfolds: bool = False
 
 
 class Attached:
@@ -94,7 +97,12 @@ def trainable(base: nn.Module, assignment: Assignment, part: Part) -> Iterator[A
         if not is_lora(part.spec.kind):
             stack.enter_context(carrying(base, heads))
             kind, fresh = KINDS[part.spec.kind], FreshRows(order.seed, order.fresh_round, part.client)
-            model, adapter = stack.enter_context(train_kind(base, kind, part.spec, body, fresh))
+            found = (
+                train_unfolded(base, kind, part.spec, body, fresh, order.rank)
+                if part.unfolds
+                else train_kind(base, kind, part.spec, body, fresh)
+            )
+            model, adapter = stack.enter_context(found)
         elif order.trains == WHOLE:
             whole = {**part.shapes, **part.heads}
             model = stack.enter_context(carrying(base, assignment.frozen))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from transformers.training_args import OptimizerNames
 
-from corolla.adapters import DEMO, HOSTED, LORA, AdapterSpec, Base, Head, kind_names, open_base
+from corolla.adapters import DEMO, HOSTED, LORA, AdapterSpec, Base, Head, kind_names, open_base, require_mixable
 from corolla.aggregation import parse_halved
 from corolla.client.tasks import TASKS
 
@@ -243,6 +243,13 @@ def _parse_target_list(value: Any) -> Any:
     return tuple(parse_targets(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
+def _parse_kinds(value: Any) -> Any:
+    """A list, one name, or a JSON list in a string."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("[") else value or None
+    return (value,) if isinstance(value, str) else value
+
+
 def client_name(partition: int) -> str:
     """The name of a client that has none of its own."""
     return f"client-{partition:03}"
@@ -273,6 +280,26 @@ class ClientsConfig(Section):
     target_modules: Annotated[tuple[Targets, ...] | None, BeforeValidator(_parse_target_list)] = Field(
         None, description="target modules by client (repeated), where they differ from adapter.target_modules"
     )
+
+    kinds: Annotated[tuple[str, ...] | None, BeforeValidator(_parse_kinds)] = Field(
+        None,
+        description="kinds of adapter by client (repeated), or 'node': each declares its own, else LoRA; unset: "
+        "adapter.kind for all",
+    )
+
+    @field_validator("kinds")
+    @classmethod
+    def _kinds_mix(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if value != (NODE,):
+                require_mixable(name)
+        return value or None
+
+    def kind(self, partition: int) -> str | None:
+        """The kind of client number `partition`; None where the run or the node says."""
+        if not self.kinds or self.kinds == (NODE,):
+            return None
+        return self.kinds[partition % len(self.kinds)]
 
     @model_validator(mode="after")
     def _ranks_make_sense(self) -> Self:

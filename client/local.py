@@ -21,8 +21,10 @@ from corolla.adapters import (
     on_weights,
     open_tokenizer,
     proximal_penalty,
+    require_mixable,
     tail_penalty,
     target_shapes,
+    unfolded_shapes,
 )
 from corolla.aggregation import (
     AdapterState,
@@ -36,7 +38,15 @@ from corolla.aggregation import (
 )
 from corolla.client.afford import Limits, free_memory, is_out_of_memory
 from corolla.client.attach import Attached, Part, trainable
-from corolla.client.config import AUTO, ClientSettings, ModelConfig, TrainConfig, node_name, parse_targets
+from corolla.client.config import (
+    AUTO,
+    AdapterConfig,
+    ClientSettings,
+    ModelConfig,
+    TrainConfig,
+    node_name,
+    parse_targets,
+)
 from corolla.client.data import ClientData, load_client_data, round_order
 from corolla.client.estimate import Work
 from corolla.client.plan import keep_freed_memory_low, make_plan
@@ -82,27 +92,34 @@ class Client:
 
     def hello(self) -> Hello:
         """Who it is."""
-        shapes, basis = self._adapted()
-        who = self.client_id, self.kind.components(self.rank) if self.kind else self.rank
-        return Hello(*who, self.base.hash, len(self.data.train), shapes, self._heads(), basis=basis)
+        shapes, rank, basis = self._adapted()
+        return Hello(self.client_id, rank, self.base.hash, len(self.data.train), shapes, self._heads(), basis=basis)
 
     @property
     def kind(self) -> Kind | None:
         """What it attaches, None for LoRA."""
         return KINDS.get(self.settings.adapter.kind)
 
-    def _adapted(self) -> tuple[Shapes, str]:
-        """The shapes of what it adapts, and the hash of the basis of its coordinates."""
+    @property
+    def travels(self) -> Kind | None:
+        """The kind in whose coordinates it sends and receives; None for changes of the weights."""
+        return None if self.settings.clients.kinds else self.kind
+
+    def _adapted(self) -> tuple[Shapes, int, str]:
+        """The shapes of what it sends, of how many components, and the hash of the basis of its coordinates."""
+        if self.travels:
+            shapes, basis = _kind_shapes(self.base, self.spec(self.rank))
+            return shapes, self.travels.components(self.rank), basis
         if self.kind:
-            return _kind_shapes(self.base, self.spec(self.rank))
-        return _target_shapes(self.base, self.spec(1)), ""
+            return *_unfolded_shapes(self.base, self.spec(self.rank)), ""
+        return _target_shapes(self.base, self.spec(1)), self.rank, ""
 
     def _shapes(self) -> Shapes:
         return self._adapted()[0]
 
     def on_weights(self, frozen: AdapterState) -> AdapterState:
         """What the global model changes of the base's weights."""
-        return on_weights(self.base.model, self.spec(self.rank), frozen)
+        return on_weights(self.base.model, self.spec(self.rank), frozen) if self.travels else frozen
 
     def train(self, assignment: Assignment) -> Reply:
         """Trains its share of the global model on the next examples of its order, and replies L_k in absolute factors.
@@ -184,7 +201,7 @@ class Client:
             own = self.spec(width), fill_adapter(_adapter(personal), self._shapes(), width, fresh)
         spec = self.spec(self.rank if self.kind else order.rank)
         seed = seed_of(order.seed, self.client_id, order.round)
-        return Part(spec, self._shapes(), self._heads(), client, rank, own, seed)
+        return Part(spec, self._shapes(), self._heads(), client, rank, own, seed, self.travels is None)
 
     def evaluate(self, assignment: Assignment) -> dict[str, float]:
         """The received model, all of it frozen, on this client's held-out examples: loss and score.
@@ -272,6 +289,11 @@ def _target_shapes(base: Base, spec: AdapterSpec) -> Shapes:
 
 
 @lru_cache(maxsize=16)
+def _unfolded_shapes(base: Base, spec: AdapterSpec) -> tuple[Shapes, int]:
+    return unfolded_shapes(base.model, KINDS[spec.kind], spec)
+
+
+@lru_cache(maxsize=16)
 def _kind_shapes(base: Base, spec: AdapterSpec) -> tuple[Shapes, str]:
     return kind_shapes(base.model, KINDS[spec.kind], spec)
 
@@ -279,11 +301,11 @@ def _kind_shapes(base: Base, spec: AdapterSpec) -> tuple[Shapes, str]:
 def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits | None = None) -> Client:
     """The client that a node is, from the server's settings and the node's own configuration.
 
-    The node may give `name`, `rank`, `memory` (GiB), `target-modules`, and its own `model`, `device`, `quantization`,
-    `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several share one file.
-    `known` are limits found before. Where the rank is left to the node's memory and it has none by name, it is
-    planned. Raises ValueError where the ranks are left to the nodes and this one gives none, for a memory that is no
-    number of GiB above 0, or one that is enough for no rank.
+    The node may give `name`, `rank`, `memory` (GiB), `target-modules`, `kind`, and its own `model`, `device`,
+    `quantization`, `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several
+    share one file. `known` are limits found before. Where the rank is left to the node's memory and it has none by
+    name, it is planned. Raises ValueError where the ranks are left to the nodes and this one gives none, for a memory
+    that is no number of GiB above 0, one that is enough for no rank, or a kind that cannot be in this run.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -292,7 +314,9 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     model = ModelConfig.model_validate(settings.model.model_dump() | {k: str(v) for k, v in here.items() if v})
     client_id = node_name(node)
     targets = parse_targets(node.get("target-modules", settings.clients.targets(partition)))
-    settings = settings.model_copy(update={"data": data, "model": model})
+    own_kind = {"kind": _own_kind(settings, node, client_id, partition)}
+    adapter = AdapterConfig.model_validate(settings.adapter.model_dump() | own_kind)
+    settings = settings.model_copy(update={"data": data, "model": model, "adapter": adapter})
     share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
     examples, rows = _load_data(open_tokenizer(find_base(model.name)), client_id, *share, settings)
     rank = node.get("rank", settings.clients.rank(partition))
@@ -311,6 +335,21 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     base = model.open(settings.head)
     keeps = Path(str(node["state"])).expanduser() if node.get("state") else None
     return Client(client_id, int(rank), targets, base, examples, rows, settings, keeps, known)
+
+
+def _own_kind(settings: ClientSettings, node: Mapping[str, Any], client_id: str, partition: int) -> str:
+    """What this client attaches. Raises ValueError for a kind of its own that this run cannot have."""
+    if "kind" not in node:
+        return settings.clients.kind(partition) or settings.adapter.kind
+    own = str(node["kind"])
+    if not settings.clients.kinds and own != settings.adapter.kind:
+        raise ValueError(
+            f"kind of {client_id} must be that of all, {settings.adapter.kind!r}, got {own!r}: the run has no "
+            "clients.kinds"
+        )
+    if settings.clients.kinds:
+        require_mixable(own)
+    return own
 
 
 def _memory(node: Mapping[str, Any], client_id: str) -> float | None:

@@ -111,6 +111,10 @@ def make_plan(
         raise ValueError(
             f"a plan chooses the rank of an adapter, got a method that trains {settings.expected.turns[0]}: use another"
         )
+    if settings.clients.kinds:
+        raise ValueError(
+            f"a plan is LoRA's, got clients.kinds = {[*settings.clients.kinds]}: leave it out, or give the rank"
+        )
     if not is_lora(settings.adapter.kind):
         raise ValueError(
             f"a plan is LoRA's, got adapter.kind = {settings.adapter.kind!r}: use 'lora', or give the rank"

@@ -19,6 +19,7 @@ from corolla.aggregation import (
 from corolla.aggregation import ranks as rank_of
 from corolla.client.config import (
     AUTO,
+    NODE,
     AdapterConfig,
     ClientsConfig,
     ClientSettings,
@@ -115,6 +116,8 @@ class Config(Section):
         self._robust_fits()
         if self.privacy.noise_multiplier:
             self._private_fits(method)
+        if self.clients.kinds:
+            self._mixed_fits(method)
         if not is_lora(self.adapter.kind):
             self._kind_fits(method)
         return self
@@ -131,9 +134,19 @@ class Config(Section):
 
     def _hosted_fits(self) -> None:
         """Raises ValueError for what a kind that is LoRA but in training cannot be with."""
-        hosted = self.hosted()
-        if hosted is None:
-            return
+        for hosted in [HOSTED[name] for name in dict.fromkeys(self._kinds()) if name in HOSTED]:
+            self._one_hosted_fits(hosted)
+
+    def _kinds(self) -> tuple[str, ...]:
+        """What clients may attach, as far as the run says."""
+        return tuple(name for name in self.clients.kinds or (self.adapter.kind,) if name != NODE)
+
+    def drops(self) -> bool:
+        """Whether a client may reply fewer components than it was ordered to train."""
+        kinds = (*self._kinds(), *(HOSTED if self.clients.kinds == (NODE,) else ()))
+        return any(HOSTED[name].drops for name in kinds if name in HOSTED)
+
+    def _one_hosted_fits(self, hosted: Hosted) -> None:
         for key, wanted, why in hosted.needs:
             section, _, name = key.partition(".")
             if (found := getattr(getattr(self, section), name)) != wanted:
@@ -151,6 +164,22 @@ class Config(Section):
             raise ValueError(
                 f"adapter.kind = {hosted.name!r} needs another aggregation.method, got {method!r}: {why}; use 'flora'"
             )
+
+    def _mixed_fits(self, method: Method) -> None:
+        """Raises ValueError for what is LoRA's alone, where clients attach different kinds of adapter."""
+        for name in self._kinds():
+            AdapterConfig.model_validate(self.adapter.model_dump() | {"kind": name})
+        ranks = AUTO if self.clients.ranks == AUTO else "given"
+        for key, found, wanted, why in (
+            ("adapter.kind", self.adapter.kind, "lora", "they send A and B, and that is what the global model is"),
+            ("aggregation.method", method.name, "flora", "other methods give clients a start in LoRA's factors"),
+            ("clients.ranks", ranks, "given", "a plan is LoRA's"),
+            ("train.proximal", self.train.proximal, 0.0, "it measures LoRA's factors"),
+            ("train.task", self.train.task if self.train.task == "preference" else "", "", "its reference is LoRA's"),
+            ("adapter.personal_rank", self.adapter.personal_rank, None, "it is LoRA beside LoRA"),
+        ):
+            if found != wanted:
+                raise ValueError(f"clients.kinds needs {key} = {_shown(wanted)}, got {_shown(found)}: {why}")
 
     def _kind_fits(self, method: Method) -> None:
         """Raises ValueError for what is made for LoRA, where clients attach another kind of adapter."""

@@ -187,7 +187,7 @@ def build_strategy(
         base_hash=_base_hash(config),
         modules=_modules(config),
         kind=KINDS.get(config.adapter.kind),
-        hosted=hosted,
+        drops=config.drops(),
         principal=lambda shapes, rank: begin(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],

@@ -15,7 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from corolla.adapters import Hosted, Kind
+from corolla.adapters import Kind
 from corolla.aggregation import (
     AdapterState,
     Budget,
@@ -89,7 +89,7 @@ class FederatedLoRA(Strategy):
     `modules` are the base's linear modules and convolutions with (out, in), None where the server has no base to know
     them by.
     `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share.
-    `hosted`, where they attach a LoRA that is trained in another way, says whether they may send fewer components.
+    Where `drops`, they may send fewer components than they were ordered to train.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
     `min_replies` sound ones leave the model as it is. `judge` chooses what the method is given of the sound ones.
@@ -119,7 +119,7 @@ class FederatedLoRA(Strategy):
         base_hash: str = "",
         modules: Shapes | None = None,
         kind: Kind | None = None,
-        hosted: Hosted | None = None,
+        drops: bool = False,
         principal: Principal = no_principal,
         noise: NoiseOf | None = None,
         judge: Judge = trust,
@@ -139,7 +139,7 @@ class FederatedLoRA(Strategy):
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
         self.largest_message, self.modules, self.kind = largest_message, modules, kind
-        self.drops = hosted is not None and hosted.drops
+        self.drops = drops
         self.fleet = Fleet(settings, base_hash, deadline)
         self.principal, self.noise = principal, noise
         self.model, self._first_merged = model, merged

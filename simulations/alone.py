@@ -153,7 +153,7 @@ def train_once(client: Client, model: GlobalModel, round_number: int) -> Adapter
     order = Order(
         round=round_number,
         rank=hello.rank,
-        trains="".join(sorted(client.kind.trains if client.kind else rule.trains)),
+        trains="".join(sorted(client.travels.trains if client.travels else rule.trains)),
         fresh_round=round_number if rule.fresh_per_round else 0,
         seed=client.settings.seed,
         model=model.digest(),

@@ -10,7 +10,16 @@ from corolla.adapters.kinds.dora import Dora
 from corolla.adapters.kinds.dylora import DyLora
 from corolla.adapters.kinds.hosted import Hosted, Training, without_zeros
 from corolla.adapters.kinds.ia3 import Ia3
-from corolla.adapters.kinds.kind import Kind, attach, kind_shapes, train_kind, unfold_kind
+from corolla.adapters.kinds.kind import (
+    Kind,
+    attach,
+    kind_shapes,
+    require_factors,
+    train_kind,
+    train_unfolded,
+    unfold_kind,
+    unfolded_shapes,
+)
 from corolla.adapters.kinds.loldu import LoLdu
 from corolla.adapters.kinds.lycoris import LoHa, LoHaDense, LoKr, LoKrDense
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
@@ -49,6 +58,19 @@ def is_lora(kind: str) -> bool:
     return kind == LORA or kind in HOSTED
 
 
+def require_mixable(name: str) -> None:
+    """Raises ValueError for a kind that clients of other kinds cannot be beside."""
+    if name not in kind_names():
+        raise ValueError(f"a kind must be one of {', '.join(kind_names())}, got {name!r}")
+    if name in KINDS:
+        require_factors(KINDS[name])
+    if name in HOSTED and HOSTED[name].begins:
+        raise ValueError(
+            f"clients of different kinds begin at the base as it is, got {name!r}, which begins at a part of it: use "
+            "it as adapter.kind for all"
+        )
+
+
 def on_weights(base: nn.Module, spec: AdapterSpec, adapter: AdapterState) -> AdapterState:
     """What an adapter of this kind changes of the base's weights: LoRA is that itself, coordinates are unfolded."""
     return adapter if is_lora(spec.kind) else unfold_kind(base, KINDS[spec.kind], spec, adapter)
@@ -68,7 +90,11 @@ __all__ = [
     "kind_shapes",
     "measure_parameters",
     "on_weights",
+    "require_factors",
+    "require_mixable",
     "train_kind",
+    "train_unfolded",
     "unfold_kind",
+    "unfolded_shapes",
     "without_zeros",
 ]

@@ -29,6 +29,7 @@ class Dora(Kind):
     rule = "row scales: mean of d, stack of B and A"
     trains = frozenset({"d", "A", "B"})
     layer = LoraLayer
+    no_factors = "it scales the rows of W, which has full rank"
 
     def config(self, spec: AdapterSpec) -> PeftConfig:
         """LoRA's, with use_dora. Raises ValueError for dropout: PEFT then leaves out what acts beside the base."""

@@ -24,6 +24,7 @@ class Ia3(Kind):
     trains = frozenset({"W"})
     continues = True
     layer = IA3Layer
+    no_factors = "it scales the rows of W, which has full rank"
 
     def config(self, spec: AdapterSpec) -> PeftConfig:
         """PEFT's, with every module scaled at its outputs; all ones at the start."""

@@ -15,7 +15,7 @@ from corolla.adapters.carry import beside
 from corolla.adapters.lora import LOCAL, PREFIX, require_right
 from corolla.adapters.matrix import as_matrix
 from corolla.adapters.spec import AdapterSpec
-from corolla.aggregation import AdapterState, Delta, FreshRows, add, only, scale, without
+from corolla.aggregation import AdapterState, Delta, FreshRows, LowRankDelta, add, low_rank, only, ranks, scale, without
 
 
 class Kind(ABC):
@@ -24,7 +24,8 @@ class Kind(ABC):
     `coordinates` says what travels, `rule` how the server combines it. `trains` are the names of the tensors that
     travel: A and B (low-rank in its coordinates), W (a mean), or d, A and B (rows scaled). Where `continues` is true,
     the trained part begins at the global model's coordinates and replies what it added; else the global model acts
-    beside it, and it begins at no change. `inexact` says why the rule does not give Σ p_k ΔW_k, where it does not.
+    beside it, and it begins at no change. `inexact` says why the rule does not give Σ p_k ΔW_k, where it does not;
+    `no_factors` why its change is not sent as A and B, so that clients of other kinds cannot be beside it.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Kind(ABC):
     trains: ClassVar[frozenset[str]]
     continues: ClassVar[bool] = False
     inexact: ClassVar[str] = ""
+    no_factors: ClassVar[str] = ""
     layer: ClassVar[type]
 
     @abstractmethod
@@ -127,6 +129,51 @@ def train_kind(
             return {m: _difference(delta, before[m]) if m in before else delta for m, delta in found.items()}
 
         yield model, read
+
+
+@contextmanager
+def train_unfolded(
+    base: nn.Module, kind: Kind, spec: AdapterSpec, frozen: AdapterState, fresh: FreshRows, rank: int
+) -> Iterator[tuple[Any, Callable[[], dict[str, Delta]]]]:
+    """As `train_kind`, but `frozen` and what is read are changes of the weights themselves: the latter A and B.
+
+    Training begins at no change, and every module has `rank` components, zeros where the kind has fewer.
+    """
+    with attach(base, kind, spec) as (model, layers):
+        for module, layer in layers.items():
+            kind.begin(layer, module, fresh)
+
+        def read() -> dict[str, Delta]:
+            found = {module: kind.unfold(layer, kind.read(layer)) for module, layer in layers.items()}
+            return {module: _padded(delta.single(), rank) for module, delta in low_rank(found).items()}
+
+        with beside({base.get_submodule(module): delta for module, delta in frozen.items()}):
+            yield model, read
+
+
+def _padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
+    lacking = rank - delta.rank
+    return LowRankDelta(nn.functional.pad(delta.A, (0, 0, 0, lacking)), nn.functional.pad(delta.B, (0, lacking)))
+
+
+def unfolded_shapes(base: nn.Module, kind: Kind, spec: AdapterSpec) -> tuple[dict[str, tuple[int, int]], int]:
+    """Module -> (out, in), and how many components a client of this kind sends of each as A and B.
+
+    Raises ValueError for a kind that has none.
+    """
+    require_factors(kind)
+    with attach(base, kind, spec) as (_, layers):
+        found = low_rank({module: kind.unfold(layer, kind.read(layer)) for module, layer in layers.items()})
+        return {module: delta.shape for module, delta in found.items()}, max(ranks(found).values())
+
+
+def require_factors(kind: Kind) -> None:
+    """Raises ValueError for a kind whose change is not sent as A and B."""
+    if kind.no_factors:
+        raise ValueError(
+            f"clients of different kinds send A and B, got {kind.name!r}: {kind.no_factors}; use it as adapter.kind "
+            "for all"
+        )
 
 
 def _difference(now: Delta, before: Delta) -> Delta:

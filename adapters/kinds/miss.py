@@ -78,6 +78,7 @@ class MissBat(Miss):
     title = "MiSS, bat (Bone)"
     coordinates = "b (out·r)"
     mode = "bat"
+    no_factors = "its change is that of W block by block, which has full rank"
 
     def unfold(self, layer: Any, delta: Delta) -> Delta:
         """ΔW on the base's weight."""

@@ -22,6 +22,7 @@ class _AnyPeft(Kind):
     """Whatever PEFT makes ΔW of: its parameters begin at numbers of ours, in PEFT's distribution, where not at 0."""
 
     trains = frozenset({"W"})
+    no_factors = "its change has no small factors"
 
     def prepare(self, layers: Mapping[str, Any], spec: AdapterSpec) -> None:
         """Raises ValueError for a module that is not linear, and for dropout, which these kinds know in other forms."""

@@ -26,6 +26,7 @@ class RandLora(Kind):
     rule = "core: stack of the pairs (λ, γ)"
     trains = frozenset({"A", "B"})
     layer = RandLoraLayer
+    no_factors = "its change has full rank"
 
     def config(self, spec: AdapterSpec) -> PeftConfig:
         """PEFT's, with the spec's scaling; λ = 0 at the start."""
