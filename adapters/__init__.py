@@ -16,6 +16,7 @@ from corolla.adapters.export import export_adapter, export_merged
 from corolla.adapters.folder import FolderFacts, read_peft_facts, read_peft_folder, write_peft_folder
 from corolla.adapters.heads import Head, head_modules, head_shapes
 from corolla.adapters.kinds import (
+    BASES,
     GATE,
     HOSTED,
     KINDS,
@@ -26,6 +27,7 @@ from corolla.adapters.kinds import (
     is_lora,
     kind_names,
     kind_shapes,
+    local_layers,
     measure_parameters,
     on_weights,
     require_mixable,
@@ -53,6 +55,7 @@ from corolla.adapters.source import DEMO, Source, base_hash, find_base
 from corolla.adapters.spec import AdapterSpec
 
 __all__ = [
+    "BASES",
     "DEMO",
     "DEVICE_MAPS",
     "GATE",
@@ -88,6 +91,7 @@ __all__ = [
     "kind_names",
     "kind_shapes",
     "leading_factors",
+    "local_layers",
     "measure_parameters",
     "on_weights",
     "open_base",

@@ -30,6 +30,14 @@ from corolla.aggregation.delta import (
     low_rank,
 )
 from corolla.aggregation.exact import certify, exact_mean, in_order
+from corolla.aggregation.first_gradient import (
+    SIDES,
+    GradientSketch,
+    leading_pairs,
+    random_matrices,
+    sum_sketches,
+    widths,
+)
 from corolla.aggregation.gaussian import secure_gaussian
 from corolla.aggregation.lowrank import Budget, zeros
 from corolla.aggregation.method import Method
@@ -60,6 +68,7 @@ __all__ = [
     "AGGREGATORS",
     "OPTIMIZERS",
     "ROBUST",
+    "SIDES",
     "WEIGHTS",
     "AdapterState",
     "Against",
@@ -74,6 +83,7 @@ __all__ = [
     "FreshRows",
     "GlobalModel",
     "GlobalUpdate",
+    "GradientSketch",
     "Judge",
     "LowRankDelta",
     "LowRankState",
@@ -109,6 +119,7 @@ __all__ = [
     "halved",
     "in_order",
     "is_low_rank",
+    "leading_pairs",
     "low_rank",
     "measure_noise",
     "moved",
@@ -119,6 +130,7 @@ __all__ = [
     "pool",
     "pooled_energy",
     "private_update",
+    "random_matrices",
     "ranks",
     "require_linear",
     "require_majority",
@@ -129,8 +141,10 @@ __all__ = [
     "singular_values",
     "spectrum",
     "stack",
+    "sum_sketches",
     "trust",
     "whole",
+    "widths",
     "with_offset",
     "with_optimizer",
     "without",

@@ -85,7 +85,7 @@ def train(content: RecordDict, node: Node) -> RecordDict:
 def _train(assignment: Assignment, node: Node) -> Reply:
     client = _open(assignment.order.settings, node)
     reply = client.train(assignment)
-    if reply.metrics["out_of_memory"]:
+    if reply.metrics.get("out_of_memory"):
         found = (reply.metrics[name] for name in ("micro_batch", "accumulation", "trained_rank"))
         _remember(node, client, Limits(*map(int, found)))
     return reply

@@ -131,6 +131,10 @@ class AdapterConfig(Section):
     sora_threshold: float = Field(0.1, ge=0, description="sora: ξ; each step takes learning rate · ξ off a component")
     allora_eta: float = Field(10.0, gt=0, description="allora: η, the rate of a row's gradients before it has moved")
 
+    sb_step: float = Field(
+        1e-4, ge=0, description="lora-sb: η; C begins as long as a step -η of every weight, along the first gradient"
+    )
+
     def spec(
         self, rank: int, targets: str | tuple[str, ...] | None = None, exclude: tuple[str, ...] = (), seed: int = 0
     ) -> AdapterSpec:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corolla.adapters import (
     KINDS,
+    LORA,
     AdapterSpec,
     Base,
     Kind,
@@ -49,6 +50,7 @@ from corolla.client.config import (
 )
 from corolla.client.data import ClientData, load_client_data, round_order
 from corolla.client.estimate import Work
+from corolla.client.first_gradient import sketch_first_gradient
 from corolla.client.plan import keep_freed_memory_low, make_plan
 from corolla.client.protocol import WHOLE, Assignment, Hello, Order, Reply
 from corolla.client.seeding import seed_of
@@ -131,6 +133,8 @@ class Client:
         """
         self._require_base(assignment)
         train, order = self.settings.train, assignment.order
+        if order.round == 0:
+            return self._sketch(order)
         limits: Limits | None = Limits(train.batch_size, train.accumulation, order.rank)
         limits = limits.within(self.limits) if limits and self.limits else limits
         failures = 0
@@ -153,6 +157,13 @@ class Client:
             f"local training needs more memory even with micro-batch {tried.micro_batch} and rank {tried.rank}, got "
             f"{last}: use a smaller base, train.max_length, or train.checkpointing"
         )
+
+    def _sketch(self, order: Order) -> Reply:
+        """Two sketches of the first gradient of every module, where the kind's bases are made of those."""
+        spec, train, examples = self.spec(order.rank), self.settings.train, self._examples(1)
+        shapes = _target_shapes(self.base, replace(spec, kind=LORA))
+        found = sketch_first_gradient(self.base, spec, shapes, order.rank, order.seed, train, examples)
+        return self._reply(order, len(examples), found, {})
 
     def _train(self, assignment: Assignment, limits: Limits) -> Reply:
         order, settings = assignment.order, self.settings
@@ -181,17 +192,11 @@ class Client:
             adapter = work.read()
             personal = work.read_personal() if settings.adapter.personal_rank else {}
         self._keep(order, personal, moments or {})
-        return Reply(
-            self.client_id,
-            order.round,
-            order.model,
-            self.base.hash,
-            len(self.data.train),
-            sum(getattr(example, "count", 1) for example in examples),
-            adapter,
-            metrics,
-            order.trains,
-        )
+        return self._reply(order, sum(getattr(example, "count", 1) for example in examples), adapter, metrics)
+
+    def _reply(self, order: Order, processed: int, adapter: AdapterState, metrics: Mapping[str, float]) -> Reply:
+        who = self.client_id, order.round, order.model, self.base.hash, len(self.data.train)
+        return Reply(*who, processed, adapter, metrics, order.trains)
 
     def _part(self, order: Order, rank: int, personal: Mapping[str, Tensor]) -> Part:
         client = self.client_id if self.settings.adapter.init == "independent" else ""

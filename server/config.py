@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
-from corolla.adapters import HOSTED, AdapterSpec, Hosted, is_lora, read_peft_folder
+from corolla.adapters import HOSTED, KINDS, AdapterSpec, Hosted, is_lora, read_peft_folder
 from corolla.aggregation import (
     Method,
     require_linear,
@@ -197,6 +197,7 @@ class Config(Section):
             ("adapter.init", self.adapter.init, "shared", "all begin alike"),
             ("clients.target_modules", self.clients.target_modules, None, "all share one basis"),
             ("clients.ranks", len(ranks), 1, "all share one basis, so one number"),
+            ("run.alone", self.run.alone and KINDS[self.adapter.kind].shipped, False, "one alone has no bases"),
         ):
             if found != wanted:
                 raise ValueError(

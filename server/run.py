@@ -188,6 +188,7 @@ def build_strategy(
         modules=_modules(config),
         kind=KINDS.get(config.adapter.kind),
         drops=config.drops(),
+        first_step=config.adapter.sb_step,
         principal=lambda shapes, rank: begin(_base(config).model, shapes, rank),
         model=checkpoint.model if checkpoint else None,
         merged=compress_adapter(start, Budget())[0],

@@ -48,8 +48,9 @@ from corolla.aggregation import (
     whole,
     without,
 )
-from corolla.client.protocol import Assignment, Hello, Order, share_digest, unpack_metrics
+from corolla.client.protocol import WHOLE, Assignment, Hello, Order, share_digest, unpack_metrics
 from corolla.client.seeding import random_order
+from corolla.server.first_gradient import first_adapter
 from corolla.server.fleet import Fleet
 from corolla.server.privacy import Privacy
 from corolla.server.record import OnEvaluation, OnRound, RoundRecord, weighted_mean
@@ -88,7 +89,8 @@ class FederatedLoRA(Strategy):
 
     `modules` are the base's linear modules and convolutions with (out, in), None where the server has no base to know
     them by.
-    `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share.
+    `kind`, where clients attach something else than LoRA, says what they send and what of the base they must share;
+    where its bases are the server's, `first_step` is as in `first_adapter`.
     Where `drops`, they may send fewer components than they were ordered to train.
     The global model is `self.model`; `run` goes through the rounds that are left, and `start` (Flower's own) is what
     it calls. A reply that is not sound is quarantined with its reason and the round goes on; fewer than
@@ -124,6 +126,7 @@ class FederatedLoRA(Strategy):
         noise: NoiseOf | None = None,
         judge: Judge = trust,
         privacy: Privacy | None = None,
+        first_step: float = 1e-4,
         model: GlobalModel | None = None,
         merged: AdapterState | None = None,
         rounds_done: int = 0,
@@ -134,7 +137,7 @@ class FederatedLoRA(Strategy):
         self.method = build_method(method) if isinstance(method, str) else method
         if privacy:
             require_linear(self.method)
-        self.judge, self.privacy = judge, privacy
+        self.judge, self.privacy, self.first_step = judge, privacy, first_step
         self.run_id, self.seed, self.weights, self.sampling = run_id, seed, weights, privacy or sampling
         self.wanted, self.min_replies, self.deadline = clients, min_replies, deadline
         self.budget, self.download, self.evaluate = budget, download, evaluate
@@ -200,6 +203,25 @@ class FederatedLoRA(Strategy):
             model = self.method.initial(shapes, max(self._ranks().values()), self.seed, self.principal)
             merged = add_adapters(model.merged, self._first_merged or {})
             self.model = GlobalModel(merged, model.start, 0, self.fleet.base_hash, model.method_state)
+            if self.kind and self.kind.shipped:
+                self.model = replace(self.model, merged=self._first_adapter(grid, self.model))
+
+    def _first_adapter(self, grid: Grid, model: GlobalModel) -> AdapterState:
+        """What a kind with shipped bases begins with, from every client's first gradient."""
+        if self.modules is None:
+            raise ValueError("lora-sb needs the base's configuration on the server, got no base: fetch it there")
+        nothing, rule = ClientShare({}, {}, 0.0), ClientRule(trains=frozenset({WHOLE}))
+        orders = {c: self._order(0, rank, rule, model.digest(), nothing) for c, rank in self._ranks().items()}
+        return first_adapter(
+            self.fleet,
+            self.modules,
+            orders,
+            lambda assignment, client: self._message(assignment, client, MessageType.TRAIN),
+            lambda messages: grid.send_and_receive(messages, timeout=self.deadline),
+            self.weights,
+            self.min_replies,
+            self.first_step,
+        )
 
     def _admit(self, hello: Hello) -> None:
         """Raises Rejected for a client that cannot join the federation as it is by now.

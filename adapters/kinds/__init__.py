@@ -8,9 +8,10 @@ from corolla.adapters.kinds.allora import Allora
 from corolla.adapters.kinds.begun import OLora, Pissa
 from corolla.adapters.kinds.dora import Dora
 from corolla.adapters.kinds.dylora import DyLora
-from corolla.adapters.kinds.hosted import Hosted, Training, without_zeros
+from corolla.adapters.kinds.hosted import Hosted, Training, local_layers, without_zeros
 from corolla.adapters.kinds.ia3 import Ia3
 from corolla.adapters.kinds.kind import (
+    BASES,
     Kind,
     attach,
     kind_shapes,
@@ -21,6 +22,7 @@ from corolla.adapters.kinds.kind import (
     unfolded_shapes,
 )
 from corolla.adapters.kinds.loldu import LoLdu
+from corolla.adapters.kinds.lora_sb import LoraSb
 from corolla.adapters.kinds.lycoris import LoHa, LoHaDense, LoKr, LoKrDense
 from corolla.adapters.kinds.miss import Miss, MissBat, MissMini
 from corolla.adapters.kinds.noise import measure_parameters
@@ -38,8 +40,8 @@ LORA = "lora"
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Dora(), Ia3(), LoHa(), LoHaDense(), LoKr(), LoKrDense(), LoLdu(), Miss(), MissBat(), MissMini(), RandLora(),
-        SvFit(), Vera(),
+        Dora(), Ia3(), LoHa(), LoHaDense(), LoKr(), LoKrDense(), LoLdu(), LoraSb(), Miss(), MissBat(), MissMini(),
+        RandLora(), SvFit(), Vera(),
     )
 }  # fmt: skip
 """Kinds that aggregate in coordinates of their own. A new kind is a file like these and a place in this line."""
@@ -77,6 +79,7 @@ def on_weights(base: nn.Module, spec: AdapterSpec, adapter: AdapterState) -> Ada
 
 
 __all__ = [
+    "BASES",
     "GATE",
     "HOSTED",
     "KINDS",
@@ -88,6 +91,7 @@ __all__ = [
     "is_lora",
     "kind_names",
     "kind_shapes",
+    "local_layers",
     "measure_parameters",
     "on_weights",
     "require_factors",

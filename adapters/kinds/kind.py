@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class Kind(ABC):
     the trained part begins at the global model's coordinates and replies what it added; else the global model acts
     beside it, and it begins at no change. `inexact` says why the rule does not give Σ p_k ΔW_k, where it does not;
     `no_factors` why its change is not sent as A and B, so that clients of other kinds cannot be beside it.
+    Where `shipped`, an adapter holds `<module>:left` and `<module>:right` as well, the bases that the server has made.
     """
 
     name: ClassVar[str]
@@ -36,6 +38,7 @@ class Kind(ABC):
     continues: ClassVar[bool] = False
     inexact: ClassVar[str] = ""
     no_factors: ClassVar[str] = ""
+    shipped: ClassVar[bool] = False
     layer: ClassVar[type]
 
     @abstractmethod
@@ -73,6 +76,10 @@ class Kind(ABC):
     def begin(self, layer: Any, module: str, fresh: FreshRows) -> None:  # noqa: B027  (most begin at constants)
         """Draws what PEFT would draw from the process' own generator."""
 
+    def place(self, layers: Mapping[str, Any], bases: AdapterState) -> None:
+        """Puts `bases` in place, where they are `shipped`. Raises ValueError where they do not fit."""
+        raise NotImplementedError(f"{self.name} makes its bases itself")
+
     def basis(self, layer: Any) -> list[Tensor]:
         """What all clients must share beside the base's weights."""
         return []
@@ -83,8 +90,12 @@ class Kind(ABC):
 
 
 @contextmanager
-def attach(base: nn.Module, kind: Kind, spec: AdapterSpec) -> Iterator[tuple[Any, dict[str, Any]]]:
+def attach(
+    base: nn.Module, kind: Kind, spec: AdapterSpec, bases: AdapterState = MappingProxyType({})
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The PEFT model of this kind on `base`, at no change, and its layers by module. The base is put back at the end.
+
+    `bases` are those that came with an adapter (`split`); without them a kind that needs some has its shapes alone.
 
     Raises ValueError where PEFT cannot adapt a target, or the kind cannot.
     """
@@ -97,12 +108,29 @@ def attach(base: nn.Module, kind: Kind, spec: AdapterSpec) -> Iterator[tuple[Any
         if both := sorted(layers.keys() & set(spec.exclude)):
             raise ValueError(f"{kind.name} must leave {both[0]} out, which is trained whole: name other target_modules")
         kind.prepare(layers, spec)
+        if bases:
+            kind.place(layers, bases)
         yield model, layers
     finally:
         if model is not None:
             model.unload()
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             base.__dict__.pop(attribute, None)
+
+
+BASES = (":left", ":right")
+"""What the names of shipped bases end with."""
+
+
+def split(kind: Kind, adapter: AdapterState) -> tuple[AdapterState, AdapterState]:
+    """The coordinates in an adapter of this kind, and the bases that came with them.
+
+    Raises ValueError where they must come and did not.
+    """
+    bases = {name: delta for name, delta in adapter.items() if kind.shipped and name.endswith(BASES)}
+    if kind.shipped and not bases:
+        raise ValueError(f"{kind.name} needs bases with its adapter, got none: the server makes them before round one")
+    return without(adapter, bases), bases
 
 
 @contextmanager
@@ -113,7 +141,8 @@ def train_kind(
 
     Raises ValueError for a frozen part that does not fit the layers.
     """
-    with attach(base, kind, spec) as (model, layers), ExitStack() as stack:
+    frozen, bases = split(kind, frozen)
+    with attach(base, kind, spec, bases) as (model, layers), ExitStack() as stack:
         _require_fit(kind, layers, frozen)
         for module, layer in layers.items():
             kind.begin(layer, module, fresh)
@@ -203,7 +232,8 @@ def kind_shapes(base: nn.Module, kind: Kind, spec: AdapterSpec) -> tuple[dict[st
 
 def unfold_kind(base: nn.Module, kind: Kind, spec: AdapterSpec, adapter: AdapterState) -> dict[str, Delta]:
     """What an adapter in coordinates changes of the base's weights; modules that are no layers (heads) as they are."""
-    with attach(base, kind, spec) as (_, layers):
+    adapter, bases = split(kind, adapter)
+    with attach(base, kind, spec, bases) as (_, layers):
         inside = only(adapter, layers)
         _require_fit(kind, layers, inside)
         return {**without(adapter, layers), **{m: kind.unfold(layers[m], delta) for m, delta in inside.items()}}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from corolla.adapters.carry import added
-from corolla.adapters.kinds.kind import Kind, attach, base_weight
+from corolla.adapters.kinds.kind import Kind, attach, base_weight, split
 from corolla.adapters.spec import AdapterSpec
 from corolla.aggregation import (
     Against,
@@ -58,7 +58,8 @@ def measure_parameters(
     began = time.perf_counter()
     combined = build_method(RULE).aggregate(updates, weights, model).merge
     modules, bytes_down = {}, {RULE: 0, PARAMETERS: 0}
-    with attach(base, kind, spec) as (_, layers):
+    merged, bases = split(kind, model.merged)
+    with attach(base, kind, spec, bases) as (_, layers):
         for name, layer in sorted(layers.items()):
             replies = {u.client_id: u.adapter[name] for u in in_order(updates) if name in u.adapter}
             if not replies:
@@ -68,7 +69,7 @@ def measure_parameters(
                 outcomes[PARAMETERS] = averaged.single()
             for method, outcome in outcomes.items():
                 bytes_down[method] += outcome.nbytes
-            change = partial(_change, kind, layer, model.merged.get(name))
+            change = partial(_change, kind, layer, merged.get(name))
             modules[name] = _measure(change, replies, weights, outcomes)
     clients = [update.client_id for update in in_order(updates)]
     exact = {name: module.exact for name, module in modules.items()}

@@ -101,7 +101,31 @@ class SpectralLayer(nn.Module, LoraLayer):
             weight.data = weight - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
 
-class Spectral(Kind):
+class Core(Kind):
+    """A kind that trains s M alone, by layers of this file; it goes on from where the global model is."""
+
+    trains = frozenset({"W"})
+    continues = True
+    layer = SpectralLayer
+
+    def config(self, spec: AdapterSpec) -> PeftConfig:
+        """LoRA's, with layers of this file for all modules: what is no linear one is refused once all are known."""
+        config = replace(spec, kind="lora").to_peft()
+        config._register_custom_module({nn.Module: SpectralLayer})
+        return config
+
+    def read(self, layer: Any) -> DenseDelta:
+        """s M."""
+        return DenseDelta(layer.scaling[LOCAL] * on_cpu(layer.lora_core[LOCAL]).reshape(self.shape(layer)))
+
+    @torch.no_grad()
+    def load(self, layer: Any, delta: Delta) -> None:
+        """Sets M."""
+        core = layer.lora_core[LOCAL]
+        core.copy_(delta.dense().reshape(core.shape) / layer.scaling[LOCAL])
+
+
+class Spectral(Core):
     """A kind whose bases come from the base's own weights; its coordinates are the diagonal of s M.
 
     The bases are found in float64 and rounded to the numbers of float16: what two LAPACKs find differs in the last
@@ -110,20 +134,11 @@ class Spectral(Kind):
     """
 
     rule = "linear: mean of c"
-    trains = frozenset({"W"})
-    continues = True
-    layer = SpectralLayer
     scaled: ClassVar[bool] = False
 
     @abstractmethod
     def bases(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """L (out, rank) and R (rank, in) of a weight (out, in) in float64."""
-
-    def config(self, spec: AdapterSpec) -> PeftConfig:
-        """LoRA's, with layers of this file for all modules: what is no linear one is refused once all are known."""
-        config = replace(spec, kind="lora").to_peft()
-        config._register_custom_module({nn.Module: SpectralLayer})
-        return config
 
     def prepare(self, layers: Mapping[str, Any], spec: AdapterSpec) -> None:
         """Puts the bases in place. Raises ValueError for a module that is not linear, or has no weight to read."""
@@ -148,16 +163,6 @@ class Spectral(Kind):
     def shape(self, layer: Any) -> tuple[int, int]:
         """(q, 1): the rank, or the narrow side of a module that has less."""
         return len(layer.right), 1
-
-    def read(self, layer: Any) -> DenseDelta:
-        """s M."""
-        return DenseDelta(layer.scaling[LOCAL] * on_cpu(layer.lora_core[LOCAL]).reshape(self.shape(layer)))
-
-    @torch.no_grad()
-    def load(self, layer: Any, delta: Delta) -> None:
-        """Sets M."""
-        core = layer.lora_core[LOCAL]
-        core.copy_(delta.dense().reshape(core.shape) / layer.scaling[LOCAL])
 
     def unfold(self, layer: Any, delta: Delta) -> Delta:
         """L diag(c) and R."""

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from corolla.adapters import KINDS, AdapterSpec, carrying, kind_shapes, on_weights, train_kind
+from corolla.adapters import BASES, KINDS, AdapterSpec, carrying, kind_shapes, on_weights, target_shapes, train_kind
 from corolla.adapters.carry import added
 from corolla.adapters.kinds import attach
-from corolla.aggregation import ClientUpdate, FreshRows, GlobalModel, advance, after, build_method
+from corolla.adapters.kinds.kind import split
+from corolla.aggregation import ClientUpdate, DenseDelta, FreshRows, GlobalModel, advance, after, build_method
 
 EXACT = [name for name, kind in KINDS.items() if not kind.inexact]
 RANK = 4
@@ -15,6 +16,20 @@ PROBE = torch.randint(0, 200, (2, 24), generator=torch.Generator().manual_seed(0
 
 def spec_of(name: str) -> AdapterSpec:
     return AdapterSpec(RANK, 2.0 * RANK, ("q_proj", "v_proj"), kind=name, seed=3)
+
+
+def begun(base, name: str):
+    """What the global model is before round one: nothing, but for a kind whose bases are the server's."""
+    kind, generator = KINDS[name], torch.Generator().manual_seed(4)
+    if not kind.shipped:
+        return {}
+    found = {}
+    for module, shape in target_shapes(base, AdapterSpec(RANK, 2.0 * RANK, ("q_proj", "v_proj"))).items():
+        for end, side in zip(BASES, shape, strict=True):
+            q = torch.linalg.qr(torch.randn(side, RANK, generator=generator)).Q
+            found[module + end] = DenseDelta(q.contiguous() if end == BASES[0] else q.T.contiguous())
+        found[module] = DenseDelta(0.1 * torch.eye(RANK))
+    return found
 
 
 def trained(base, name: str, frozen, seed: int):
@@ -42,7 +57,7 @@ def apart(one, other) -> float:
 
 def combined_is_the_mean(base, name: str) -> float:
     """How far dense(combine(deltas)) is from Σ w_k dense(delta_k), on top of a round that came before."""
-    method, model = build_method("flora"), GlobalModel()
+    method, model = build_method("flora"), GlobalModel(merged=begun(base, name))
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     for round_number in (1, 2):
         before = model.merged
@@ -60,7 +75,7 @@ def combined_is_the_mean(base, name: str) -> float:
 
 def read_is_what_was_trained(base, name: str) -> float:
     """How far the logits of base + dense(delta) are from those of the trained PEFT model, over two rounds."""
-    worst, frozen = 0.0, {}
+    worst, frozen = 0.0, begun(base, name)
     for seed in (1, 2):
         change, logits = trained(base, name, frozen, seed)
         frozen = after(frozen, change)
@@ -95,7 +110,7 @@ def test_what_is_read_is_what_the_model_computes(name, whole):
 def test_what_is_read_is_what_peft_merges(name, whole):
     kind, spec = KINDS[name], spec_of(name)
     weights = {}
-    with attach(whole, kind, spec) as (_, layers):
+    with attach(whole, kind, spec, split(kind, begun(whole, name))[1]) as (_, layers):
         for seed, (module, layer) in enumerate(sorted(layers.items())):
             kind.begin(layer, module, FreshRows(0))
             generator = torch.Generator().manual_seed(seed)
@@ -180,7 +195,7 @@ def test_averaged_parameters_are_those_that_peft_would_have(name, whole):
     """`average` against PEFT: parameters of two clients averaged in the layers themselves, and read."""
     kind, spec = KINDS[name], spec_of(name)
     weights = (0.7, 0.3)
-    with attach(whole, kind, spec) as (model, layers):
+    with attach(whole, kind, spec, split(kind, begun(whole, name))[1]) as (model, layers):
         for module, layer in layers.items():
             kind.begin(layer, module, FreshRows(0))
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -96,6 +96,7 @@ def test_bytes_up_are_those_of_the_coordinates(kind, tiny_folder, tmp_path):
         "loha": 2 * 4 * (32 + 32) + 2 * 4 * (16 + 32),
         "loha-dense": (32 + 16) * 32,
         "loldu": 4 + 4,
+        "lora-sb": 4 * 4 + 4 * 4,
         "lokr": (4 * 4 + 8 * 8) + (4 * 4 + 4 * 8),  # 32 = 4 · 8 and 16 = 4 · 4: no factor is split at rank 4
         "lokr-dense": (32 + 16) * 32,
         "miss": 4 * 32 + 4 * 16,
