@@ -18,6 +18,7 @@ from corolla.adapters import (
     carrying,
     find_base,
     head_shapes,
+    is_lora,
     kind_shapes,
     on_weights,
     open_tokenizer,
@@ -310,7 +311,7 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     `quantization`, `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several
     share one file. `known` are limits found before. Where the rank is left to the node's memory and it has none by
     name, it is planned. Raises ValueError where the ranks are left to the nodes and this one gives none, for a memory
-    that is no number of GiB above 0, one that is enough for no rank, or a kind that cannot be in this run.
+    that is no number of GiB above 0, one that is enough for no rank, or a kind or rank that cannot be in this run.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -336,6 +337,12 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     if rank is None:
         raise ValueError(
             f"clients.ranks = 'node' needs rank=… in the configuration of every node, got none at {client_id}"
+        )
+    wanted = settings.clients.rank(partition)
+    if not is_lora(adapter.kind) and not settings.clients.kinds and int(rank) != wanted:
+        raise ValueError(
+            f"rank of {client_id} must be that of all, {wanted}, for adapter.kind = {adapter.kind!r}, got {rank}: "
+            "leave rank out of the node's configuration"
         )
     base = model.open(settings.head)
     keeps = Path(str(node["state"])).expanduser() if node.get("state") else None

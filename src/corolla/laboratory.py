@@ -60,6 +60,12 @@ def _print_noise(found: dict[str, Any]) -> None:
     console.print(
         f"exact sum: norm {found['norm']:.4g} over {len(found['modules'])} modules; of it {shares}", soft_wrap=True
     )
+    entropy = found["entropy"]
+    console.print(
+        f"its spectrum: entropy {entropy['exact']:.2f} nats, {entropy['clients']:.2f} of the adapters by themselves, "
+        f"so {entropy['gap']:.2f} of disagreement; rank {entropy['suggested_rank']} would hold the widest module",
+        soft_wrap=True,
+    )
     table = Table("method", box=None, header_style="bold")
     for name in ("error", "cosine", "gain", "at own ranks", "download"):
         table.add_column(name, justify="right")

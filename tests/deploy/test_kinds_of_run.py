@@ -1,4 +1,4 @@
-"""Runs of other kinds on real processes: robust rules, differential privacy, secure sums, one that is stopped."""
+"""Runs of other kinds on real processes: robust rules, privacy, secure sums, other adapters, one that is stopped."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from corolla import simulate
 from corolla.client.config import client_name
 from corolla.server.folder import RunFolder
-from tests.deploy.federation import Federation, begin, done_rounds, write_config
+from tests.deploy.federation import Federation, as_simulated, begin, done_rounds, federation, write_config
 
 pytestmark = pytest.mark.deploy
 
@@ -61,3 +61,23 @@ def test_differential_privacy_keeps_its_account(live, tiny_folder, tmp_path):
     assert (
         ours.load().model.digest() != theirs.load().model.digest()
     )  # noise of the system's own source, never repeated
+
+
+def test_different_kinds_of_adapter_give_the_simulations_model(live, tiny_folder, tmp_path):
+    kinds = {"clients.kinds": ["lora", "vera", "svfit"], "clients.ranks": [2, 4, 8]}
+    ours, theirs = both(live, tiny_folder, tmp_path, "mixed", **kinds)
+    assert ours.load().model.digest() == theirs.load().model.digest()
+    assert [line["update"]["certificate"]["exact"] for line in done_rounds(ours)] == [True, True]
+    assert [client["rank"] for client in done_rounds(ours)[1]["clients"].values()] == [2, 4, 8]
+
+
+def test_bases_from_first_gradients_are_the_simulations(tiny_folder, tmp_path):
+    kind = {"adapter.kind": "lora-sb", "clients.ranks": 4, "clients.count": 2, "run.rounds": 1}
+    (tmp_path / "federation").mkdir()
+    with federation(tmp_path / "federation", tiny_folder, tiny_folder, 2) as live:
+        live.start_server()
+        for k in (1, 2):  # compose.yml's nodes have ranks of their own, which no kind but LoRA can have
+            live.start_client(k, {**as_simulated(k), f" rank={2**k}": " rank=4"})
+        ours, theirs = both(live, tiny_folder, tmp_path, "sketched", **kind)
+        assert ours.load().model.digest() == theirs.load().model.digest()
+        assert "from the first gradients of client-000, client-001" in live.log("serverapp")

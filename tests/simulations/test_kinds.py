@@ -9,7 +9,7 @@ import torch
 
 from corolla import simulate
 from corolla.adapters import KINDS
-from corolla.client.local import Client
+from corolla.client.local import Client, open_client
 from corolla.server.config import Config, ConfigError
 from corolla.simulations.export import export_checkpoint
 from corolla.simulations.report import write_report
@@ -144,3 +144,12 @@ def test_what_is_made_for_lora_is_refused_at_configuration(sections, message):
 def test_an_unknown_kind_lists_the_right_ones():
     with pytest.raises(ConfigError, match=r"adapter\.kind: must be one of lora, dora, ia3"):
         Config.build({"adapter": {"kind": "dorra"}})
+
+
+def test_a_node_of_another_rank_than_the_runs_is_refused(tiny_folder, tmp_path):
+    settings = config_of(tiny_folder, tmp_path, "vera").settings()
+    assert open_client(settings, {"partition-id": 0, "rank": 4}).rank == 4
+    with pytest.raises(
+        ValueError, match=r"rank of client-000 must be that of all, 4, .* 'vera', got 8: leave rank out"
+    ):
+        open_client(settings, {"partition-id": 0, "rank": 8})
