@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from corolla.client import frames, worker
 from corolla.client.answers import ANSWERS
 from corolla.client.forward import NoWorker, WorkerFailed, forward
+from corolla.client.secure import stages
 
 
 def content(sizes):
@@ -91,6 +92,27 @@ def test_a_request_goes_to_the_worker_and_its_state_comes_back(socket, answers):
         assert list(context.state) == ["seen"]
     finally:
         server.stop(0).wait()
+
+
+def test_a_message_and_a_reply_without_records_leave_the_nodes_state_as_it_is(socket):
+    """The end of a secure round that failed is such a message: what a node remembers must not go with its secrets."""
+    server = worker.serve(socket)
+    try:
+        context = node()
+        for name in (stages.OPENED, stages.SESSION):
+            context.state.config_records[name] = ConfigRecord({"run": "a", "round": 3})
+        assert forward("secure_end", RecordDict(), context, str(socket)) == RecordDict()
+        assert {name: dict(record) for name, record in context.state.items()} == {
+            stages.OPENED: {"run": "a", "round": 3}
+        }
+    finally:
+        server.stop(0).wait()
+
+
+def test_frames_without_an_outline_are_an_error():
+    for sent in ([], [b""], [b"\x0a\x00"]):
+        with pytest.raises(ValueError, match="begin with an outline"):
+            frames.from_frames(sent)
 
 
 def test_only_its_user_can_reach_a_worker(socket, answers):
