@@ -4,6 +4,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,6 +148,49 @@ def test_what_a_request_runs_into_is_its_answer_and_the_worker_goes_on(socket, a
         assert forward("train", content([1]), node(), str(socket))
     finally:
         server.stop(0).wait()
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{PILE OF POO}"])
+def test_a_long_reason_arrives_cut(socket, monkeypatch, letter):
+    def fail(records, node):
+        raise ValueError("the reason " + letter * 20_000)
+
+    monkeypatch.setitem(ANSWERS, "hello", fail)
+    server = worker.serve(socket)
+    try:
+        with pytest.raises(WorkerFailed, match="ValueError: the reason"):
+            forward("hello", content([1]), node(), str(socket))
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_worker_that_ends_leaves_the_socket_of_the_next_one(socket, monkeypatch):
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(records, node):
+        began.set()
+        assert go_on.wait(30)
+        return RecordDict()
+
+    monkeypatch.setitem(ANSWERS, "train", slow)
+    first = worker.serve(socket)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(forward, "train", RecordDict(), node(), str(socket))
+        assert began.wait(30)
+        ended = pool.submit(worker.stop, first, socket)
+        until = time.monotonic() + 30
+        while socket.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        second = worker.serve(socket)
+        go_on.set()
+        assert asked.result(30) == RecordDict()  # what the first one was at
+        ended.result(30)
+    try:
+        assert socket.exists()
+        assert forward("secure_end", RecordDict(), node(), str(socket)) == RecordDict()
+    finally:
+        worker.stop(second, socket)
+    assert not socket.exists()
 
 
 def test_requests_wait_for_each_other(socket, answers):
