@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.common.logger import log
 
 from corolla.client.afford import Limits
 from corolla.client.config import ClientSettings, node_name
+from corolla.client.data import DataError
 from corolla.client.local import Client, open_client
 from corolla.client.protocol import Assignment, Reply
 from corolla.client.secure import stages
@@ -22,6 +24,9 @@ LIMITS = "corolla.limits"
 """The record of a node's state that holds what its memory allows."""
 
 DECLARED = "declared"
+
+SIMULATED = "num-partitions"
+"""In the configuration that a simulation's engine gives its nodes: their data are those of whoever simulates."""
 
 NAMES = [field.name for field in fields(Limits)]
 
@@ -45,17 +50,28 @@ def use_threads(threads: int) -> int:
 
 
 def _open(settings: str, node: Node) -> Client:
-    """The client that this node is, within the limits that it found before; what it finds now is remembered."""
+    """The client that this node is, within the limits that it found before; what it finds now is remembered.
+
+    What is wrong with the data goes to the node's own log: an error's text goes to the server.
+    """
     parsed = ClientSettings.model_validate_json(settings)
     use_threads(parsed.threads)
     config = dict(node.config)
     if folder := os.environ.get("COROLLA_RUN_FOLDER"):  # a simulation on Ray: nodes have no configuration of their own
         config.setdefault("state", str(Path(folder) / CLIENTS))
-    if known := node.state.config_records.get(LIMITS):
-        limits = Limits(**{name: int(known[name]) for name in NAMES})  # type: ignore[arg-type]
-        return open_client(parsed, {"rank": known[DECLARED], **config}, limits)
-    client = open_client(parsed, config)
-    if client.limits:
+    known = node.state.config_records.get(LIMITS)
+    limits = Limits(**{name: int(known[name]) for name in NAMES}) if known else None  # type: ignore[arg-type]
+    try:
+        client = open_client(parsed, {"rank": known[DECLARED], **config} if known else config, limits)
+    except DataError as error:
+        if SIMULATED in config:
+            raise
+        log(40, "%s: %s", node_name(config), error)
+        raise ValueError(
+            f"{node_name(config)} needs data that can be used, got some that cannot: the log of its worker says which "
+            "row, and why; a row is not shown to others"
+        ) from None
+    if client.limits and not known:
         _remember(node, client, client.limits)
     return client
 

@@ -294,10 +294,12 @@ class ClientsConfig(Section):
     @field_validator("kinds")
     @classmethod
     def _kinds_mix(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("must name a kind at least, or be unset")
         for name in value or ():
             if value != (NODE,):
                 require_mixable(name)
-        return value or None
+        return value
 
     def kind(self, partition: int) -> str | None:
         """The kind of client number `partition`; None where the run or the node says."""

@@ -18,7 +18,7 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from corolla.adapters import base_hash, find_base
+from corolla.adapters import base_hash, find_base, require_mixable
 from corolla.client.config import DataConfig
 from corolla.client.data import client_sources
 
@@ -117,6 +117,16 @@ def _data(patient: Patient) -> Iterator[Finding]:
     yield Finding("data", len(train) > 0, found, "put examples into the file")
 
 
+def _kind(patient: Patient) -> Iterator[Finding]:
+    if not (kind := patient.node.get("kind")):
+        return
+    try:
+        require_mixable(str(kind))
+        yield Finding("kind", True, f"{kind}: for runs with clients.kinds")
+    except ValueError as error:
+        yield Finding("kind", False, str(error), "name another one, or leave it to the run's clients.kinds")
+
+
 def _keys(patient: Patient) -> Iterator[Finding]:
     if not patient.secrets:
         return
@@ -183,6 +193,6 @@ def _worker(patient: Patient) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
-    _versions, _device, _memory, _disk, _base, _data, _keys, _server, _worker,
+    _versions, _device, _memory, _disk, _base, _data, _kind, _keys, _server, _worker,
 )  # fmt: skip
 """In the order in which an operator mends things."""

@@ -12,11 +12,14 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 PIECE = 2**20
 """Bytes in a frame at the most, but for the outline."""
 
+OUTLINE = b"\x01"
+"""Begins the outline: that of no records at all has no bytes of its own, and an empty frame ends a part of a stream."""
+
 
 def to_frames(content: RecordDict) -> Iterator[bytes]:
     """The outline, then all arrays' bytes in the order of the outline."""
     arrays = [array for record in content.array_records.values() for array in record.values()]
-    yield _outline(content).SerializeToString()
+    yield OUTLINE + _outline(content).SerializeToString()
     for array in arrays:
         view = memoryview(array.data)
         for begin in range(0, len(view), PIECE):
@@ -34,9 +37,11 @@ def _outline(content: RecordDict) -> RecordDictProto:
 
 
 def from_frames(frames: Iterable[bytes]) -> RecordDict:
-    """The records back. Raises ValueError where the stream ends early or goes on too long."""
+    """The records back. Raises ValueError where the stream ends early, goes on too long or begins with no outline."""
     pieces = iter(frames)
-    content = recorddict_from_proto(RecordDictProto.FromString(next(pieces, b"")))
+    if not (outline := next(pieces, b"")).startswith(OUTLINE):
+        raise ValueError(f"frames must begin with an outline, got {len(outline)} bytes of another kind")
+    content = recorddict_from_proto(RecordDictProto.FromString(outline.removeprefix(OUTLINE)))
     for record in content.array_records.values():
         for key, array in list(record.items()):
             record[key] = Array(array.dtype, array.shape, array.stype, _gather(pieces, int(array.data), key))

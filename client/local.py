@@ -49,7 +49,7 @@ from corolla.client.config import (
     node_name,
     parse_targets,
 )
-from corolla.client.data import ClientData, load_client_data, round_order
+from corolla.client.data import ClientData, DataError, State, load_client_data, round_order, state_of
 from corolla.client.estimate import Work
 from corolla.client.first_gradient import sketch_first_gradient
 from corolla.client.plan import keep_freed_memory_low, make_plan
@@ -311,7 +311,8 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     `quantization`, `data`, `held-out` and `state`; `partition-id` says which part of the data it holds where several
     share one file. `known` are limits found before. Where the rank is left to the node's memory and it has none by
     name, it is planned. Raises ValueError where the ranks are left to the nodes and this one gives none, for a memory
-    that is no number of GiB above 0, one that is enough for no rank, or a kind or rank that cannot be in this run.
+    that is no number of GiB above 0, one that is enough for no rank, or a kind or rank that cannot be in this run;
+    DataError for data that cannot be used.
     """
     partition = int(node.get("partition-id", 0))
     own = {"train": node.get("data"), "held_out": node.get("held-out")}
@@ -324,7 +325,11 @@ def open_client(settings: ClientSettings, node: Mapping[str, Any], known: Limits
     adapter = AdapterConfig.model_validate(settings.adapter.model_dump() | own_kind)
     settings = settings.model_copy(update={"data": data, "model": model, "adapter": adapter})
     share = (0, 1) if node.get("data") else (partition, settings.clients.count)  # a node's own data is all its own
-    examples, rows = _load_data(open_tokenizer(find_base(model.name)), client_id, *share, settings)
+    tokenizer = open_tokenizer(find_base(model.name))
+    try:
+        examples, rows = _load_data(tokenizer, client_id, *share, settings, state_of(data, client_id))
+    except (ValueError, TypeError) as error:
+        raise DataError(str(error)) from error
     rank = node.get("rank", settings.clients.rank(partition))
     if settings.clients.ranks == AUTO:
         keep_freed_memory_low()
@@ -380,9 +385,9 @@ def _memory(node: Mapping[str, Any], client_id: str) -> float | None:
 
 @lru_cache(maxsize=256)
 def _load_data(
-    tokenizer: Any, client_id: str, partition: int, clients: int, settings: ClientSettings
+    tokenizer: Any, client_id: str, partition: int, clients: int, settings: ClientSettings, state: State
 ) -> tuple[ClientData, tuple[Any, ...]]:
-    """The client's data, and its training examples as rows."""
+    """The client's data, whose files are in this `state`, and its training examples as rows."""
     task, train = find_task(settings.train.task), settings.train
     data = load_client_data(
         settings.data,

@@ -28,6 +28,12 @@ from corolla.client.frames import from_frames, to_frames
 LONGEST_PATH = 100
 """A Unix socket's path ends at 108 bytes."""
 
+LAST_SECONDS = 3600.0
+"""How long a request at work may take once the worker is told to stop."""
+
+LONGEST_REASON = 600
+"""Characters of an error, up to 12 bytes each: gRPC carries it among headers, and drops the answer beyond 8 KB."""
+
 
 def serve(socket: Path) -> grpc.Server:
     """A started server on `socket`; `stop` ends it. The socket and its folder are closed to other users.
@@ -49,6 +55,13 @@ def serve(socket: Path) -> grpc.Server:
         os.umask(before)
     server.start()
     return server
+
+
+def stop(server: grpc.Server, socket: Path) -> None:
+    """Ends a server: what it is at is answered first. Its socket goes at once, for another worker to take its place."""
+    ended = server.stop(grace=LAST_SECONDS)
+    socket.unlink(missing_ok=True)
+    ended.wait()
 
 
 def _prepare(socket: Path) -> None:
@@ -77,7 +90,7 @@ def _handler(name: str) -> Any:
             reply = _answer(name, content, state)
         except Exception as error:  # whatever a request runs into is its answer, and the worker goes on
             log(40, "%s failed: %s", name, "".join(traceback.format_exception(error)))
-            call.abort(grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}")
+            call.abort(grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}"[:LONGEST_REASON])
         for records in (reply, state):
             yield from to_frames(records)
             yield b""

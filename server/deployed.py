@@ -79,7 +79,7 @@ def _take(found: RunStatus, event: Mapping[str, Any]) -> None:
     for name, facts in event["clients"].items():
         client = found.clients.setdefault(name, ClientStatus())
         client.rank = facts.get("rank", client.rank)
-        if name not in troubles:
+        if name not in event["quarantined"]:  # refused may be another node that claims the name, or this one before
             client.rounds, client.last, client.loss = client.rounds + 1, number, facts.get("train_loss", client.loss)
     for name, reason in troubles.items():
         found.clients.setdefault(name, ClientStatus()).trouble = f"round {number}: {reason}"

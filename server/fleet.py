@@ -81,6 +81,8 @@ class Fleet:
             except Rejected as error:
                 self._refuse(hello.client_id, str(error))
                 continue
+            for who in (hello.client_id, f"node {node_id}"):  # what kept it out before does so no longer
+                self.refused.pop(who, None)
             self._nodes[hello.client_id], self.clients[hello.client_id] = node_id, hello
             self._shapes |= {**hello.shapes, **hello.heads}
 

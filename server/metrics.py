@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flwr.common.logger import log
+
 
 def serve_metrics() -> Callable[[Mapping[str, Any]], None]:
     """Takes each line of metrics.jsonl; serves http://ADDRESS/metrics for COROLLA_METRICS=HOST:PORT, else does nothing.
 
+    An address that is taken, as by another run at the same time, costs the metrics and not the run: the log says so.
     Raises ValueError for another form of address, ImportError without prometheus-client.
     """
     address = os.environ.get("COROLLA_METRICS", "")
@@ -22,7 +25,10 @@ def serve_metrics() -> Callable[[Mapping[str, Any]], None]:
         raise ImportError("COROLLA_METRICS needs prometheus-client: pip install 'corolla[metrics]'") from error
     registry = CollectorRegistry()
     take = _collect(registry)
-    start_http_server(int(port), host, registry=registry)
+    try:
+        start_http_server(int(port), host, registry=registry)
+    except OSError as error:
+        log(30, "no metrics of this run: COROLLA_METRICS = %s cannot be listened on, got %s", address, error)
     return take
 
 

@@ -37,7 +37,7 @@ from corolla.client.secure.protocol import (
 )
 from corolla.client.secure.session import keys_of, text_of
 from corolla.server.fleet import Fleet
-from corolla.server.validation import Rejected
+from corolla.server.validation import Rejected, reason_of
 
 T = TypeVar("T")
 
@@ -239,21 +239,36 @@ class SecureSums:
                 found[client] = read(client, message.content)
             except ValueError as error:
                 self.lose(client, str(error))
+            except Exception as error:  # whatever one client's bytes do to this code, the round is the others' too
+                log(40, "a message of %s cannot be read: a mistake of the server's", client, exc_info=True)
+                self.lose(client, f"its message cannot be read: {type(error).__name__}: {error}")
         return {client: found[client] for client in sorted(found)}
 
     def lose(self, client: str, reason: str) -> None:
-        """Notes why a client fell out; the first reason counts."""
+        """Notes why a client fell out, in one line; the first reason counts."""
+        reason = reason_of(reason)
         if client not in self.lost:
             log(30, "round %d: %s falls out of the secure sum: %s", self.number, client, reason)
         self.lost.setdefault(client, reason)
 
 
 def _read_keys(client: str, content: RecordDict) -> PublicKeys:
-    """Raises ValueError for keys of another client, or what are none."""
-    published = json.loads(config(content, "keys", "json")["json"])
+    """Raises ValueError for keys of another client, what are none, and those that nobody can agree on a secret with:
+    every other client would fail over them."""
+    text = config(content, "keys", "json")["json"]
+    try:
+        published = json.loads(text)
+    except (TypeError, RecursionError) as error:
+        raise Rejected(f"keys must be flat JSON, got {type(text).__name__}: {error}") from error
     if not isinstance(published, dict) or published.keys() != {client}:
         raise Rejected(f"keys must be those of {client}, got others")
-    return keys_of(published[client])
+    keys = keys_of(published[client])
+    for key in (keys.channel, *keys.masks):
+        try:
+            KeyPair.new().agree(key, "check")
+        except ValueError as error:
+            raise Rejected(f"a public key of {client} must be a point of large order, got {key.hex()}") from error
+    return keys
 
 
 def _dtype(vectors: Mapping[str, Tensor]) -> torch.dtype:

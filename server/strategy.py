@@ -56,7 +56,7 @@ from corolla.server.privacy import Privacy
 from corolla.server.record import OnEvaluation, OnRound, RoundRecord, weighted_mean
 from corolla.server.round import OpenRound
 from corolla.server.scores import average
-from corolla.server.size import too_large
+from corolla.server.size import reply_too_large, too_large
 from corolla.server.stream import Stream
 from corolla.server.validation import Rejected, check_evaluation, reason_of
 
@@ -226,7 +226,8 @@ class FederatedLoRA(Strategy):
     def _admit(self, hello: Hello) -> None:
         """Raises Rejected for a client that cannot join the federation as it is by now.
 
-        A module that the base lacks, once it is merged, would fail every other client's download.
+        A module that the base lacks, once it is merged, would fail every other client's download. A rank that no reply
+        can have would still be that of the first model, and take the server's memory.
         """
         for module, shape in {**hello.shapes, **hello.heads}.items():
             known = (self.modules or {}).get(module)
@@ -237,6 +238,9 @@ class FederatedLoRA(Strategy):
                 )
         if self.kind:
             self._require_one_basis(self.kind, hello)
+        rules = [self._rule(1), self._rule(2)]  # of methods that take turns there are two
+        if reason := reply_too_large(hello, hello.rank, rules, self.largest_message):
+            raise Rejected(reason)
         if self.model is None:
             return
         try:

@@ -60,6 +60,24 @@ def test_the_superlink_is_reached_from_outside_through_the_proxy_alone():
     assert yaml.safe_load((DOCKER / "compose.yml").read_text())["networks"]["control"] == {"internal": True}
 
 
+@pytest.mark.parametrize("name", COMPOSE)
+def test_every_volume_is_a_folder_of_the_image_that_any_user_can_write_to(name):
+    """An engine makes a volume's folder with the owner and mode that the image has there, and as root's without."""
+    open_to_all = re.search(r"install -d -m 1777 (.+)", (DOCKER / "Dockerfile").read_text())[1].split()
+    compose = yaml.safe_load((DOCKER / name).read_text())
+    found = [v.split(":") for s in compose["services"].values() for v in s.get("volumes", [])]
+    targets = {words[1] for words in found if words[0] in compose["volumes"]}
+    assert targets
+    assert targets <= set(open_to_all)
+
+
+def test_the_servers_image_can_serve_metrics_and_account_for_privacy():
+    """COROLLA_METRICS is set in the compose file, and [privacy] needs its accountant on the server alone."""
+    stage = (DOCKER / "Dockerfile").read_text().split("FROM build AS build-cpu")[1].split("\nFROM ")[0]
+    assert set(re.search(r"'\.\[([\w,]+)\]'", stage)[1].split(",")) >= {"metrics", "dp"}
+    assert "COPY --from=build-cpu" in (DOCKER / "Dockerfile").read_text().split("AS server")[1].split("\nFROM ")[0]
+
+
 def test_the_edge_client_reserves_a_gpu():
     devices = services("client.yml")["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]

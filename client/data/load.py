@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -18,6 +19,11 @@ from corolla.client.seeding import random_order
 from corolla.client.tasks import Example, Row, Task
 
 log = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message may quote a row of them: it is for whoever they belong to."""
+
 
 EMPTY, MASKED, TOO_LONG = "empty", "nothing_to_learn", "too_long"
 """Why an example is left out: it has no answer or no text; the loss would see none of it; it has too many tokens."""
@@ -124,20 +130,37 @@ def client_sources(
 ) -> tuple[Source, Source | None]:
     """The client's training rows and its held-out ones, None without any."""
     reader = client_id if "{client}" in f"{config.train} {config.held_out}" else ""
-    train, held_out = _shared(config, reader)
+    state = state_of(config, reader)
+    train, held_out = _shared(config, reader, state)
     if "{client}" not in config.train and clients > 1:
-        train = train.select(_parts(config, reader, clients, seed, False)[partition])
+        train = train.select(_parts(config, reader, state, clients, seed, False)[partition])
     if held_out is not None:
         whole = "{client}" in str(config.held_out) or clients == 1
-        return train, held_out if whole else held_out.select(_parts(config, reader, clients, seed, True)[partition])
+        return train, held_out if whole else held_out.select(
+            _parts(config, reader, state, clients, seed, True)[partition]
+        )
     order = random_order(seed, client_id, "held-out", size=len(train))
     count = round(config.held_out_fraction * len(train))
     return train.select(sorted(order[count:].tolist())), train.select(sorted(order[:count].tolist())) if count else None
 
 
+State = tuple[tuple[str, int, int], ...]
+"""The files of some data, each with its time of change and its bytes."""
+
+
+def state_of(config: DataConfig, client_id: str) -> State:
+    """What the client's files are by now. A worker lasts from run to run: what it remembers of files is for as long as
+    they stay as they are."""
+    named = [name.replace("{client}", client_id) for name in (config.train, config.held_out) if name]
+    roots = [Path(name).expanduser() for name in named]
+    paths = [path for root in roots for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
+    found = ((str(path), path.stat()) for path in paths if path.is_file())
+    return tuple((name, facts.st_mtime_ns, facts.st_size) for name, facts in found)
+
+
 @lru_cache(maxsize=8)
-def _shared(config: DataConfig, client_id: str) -> tuple[Source, Source | None]:
-    """All rows of the files that this client reads."""
+def _shared(config: DataConfig, client_id: str, state: State) -> tuple[Source, Source | None]:
+    """All rows of the files that this client reads, which are in this `state`."""
     if config.train == GENERATED:
         rows: Sequence[Any] = generate_tasks(config.tasks_seed, None, config.tasks_train, config.tasks_held_out)
         train, held_out = (Source(GENERATED, Dataset.from_list(list(part))) for part in rows)
@@ -148,8 +171,10 @@ def _shared(config: DataConfig, client_id: str) -> tuple[Source, Source | None]:
 
 
 @lru_cache(maxsize=8)
-def _parts(config: DataConfig, client_id: str, clients: int, seed: int, of_held_out: bool) -> list[list[int]]:
-    train, held_out = _shared(config, client_id)
+def _parts(
+    config: DataConfig, client_id: str, state: State, clients: int, seed: int, of_held_out: bool
+) -> list[list[int]]:
+    train, held_out = _shared(config, client_id, state)
     if of_held_out and held_out is not None:
         like = train.rows if config.train == GENERATED or "{client}" not in config.train else None
         return partition(held_out.rows, config, clients, seed, like)

@@ -175,6 +175,7 @@ def worker(
     with exit_codes("the node trains without a worker until it is back"):
         from corolla.client.events import use_json_logs
         from corolla.client.worker import serve
+        from corolla.client.worker import stop as stop_worker
 
         use_json_logs()
         server = serve(socket)
@@ -184,8 +185,7 @@ def worker(
             signal.signal(number, lambda *_: stopping.set())
         while not stopping.wait(1):
             pass
-        server.stop(grace=3600).wait()  # a request at work is answered first
-        socket.unlink(missing_ok=True)
+        stop_worker(server, socket)
 
 
 def doctor(

@@ -131,3 +131,18 @@ def test_broken_data_is_named_with_the_cure(rows, options, message, tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         load(DataConfig(train="nowhere.jsonl"))
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    """A worker lasts from run to run, and a client's data may have grown between them."""
+    from corolla.client.data import client_sources
+
+    path = tmp_path / "train.jsonl"
+    config = DataConfig(train=str(path), partition="iid")
+    for rows in (3, 5):
+        path.write_text("".join(json.dumps({"prompt": f"{rows}", "completion": f"{k}"}) + "\n" for k in range(rows)))
+        for partition in (0, 1):
+            train, _ = client_sources(config, "a", partition, 2, 0)
+            assert {row["prompt"] for row in train.rows} == {str(rows)}
+        whole, part = client_sources(config, "a", 0, 1, 0)
+        assert len(whole) + len(part or ()) == rows

@@ -113,3 +113,10 @@ def test_keys_are_never_overwritten_and_private_ones_are_closed(keys):
 def test_a_name_that_is_no_folders_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="a node's name must be"):
         write_keys(tmp_path, [name], [])
+
+
+def test_a_kind_that_cannot_be_beside_others_is_found():
+    assert "kind" not in troubles(Patient({"kind": "svfit"}))
+    found = troubles(Patient({"kind": "dora"}))["kind"]
+    assert "got 'dora': it scales the rows" in found.found
+    assert "clients.kinds" in found.cure

@@ -4,6 +4,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from corolla.client import frames, worker
 from corolla.client.answers import ANSWERS
 from corolla.client.forward import NoWorker, WorkerFailed, forward
+from corolla.client.secure import stages
 
 
 def content(sizes):
@@ -93,6 +96,27 @@ def test_a_request_goes_to_the_worker_and_its_state_comes_back(socket, answers):
         server.stop(0).wait()
 
 
+def test_a_message_and_a_reply_without_records_leave_the_nodes_state_as_it_is(socket):
+    """The end of a secure round that failed is such a message: what a node remembers must not go with its secrets."""
+    server = worker.serve(socket)
+    try:
+        context = node()
+        for name in (stages.OPENED, stages.SESSION):
+            context.state.config_records[name] = ConfigRecord({"run": "a", "round": 3})
+        assert forward("secure_end", RecordDict(), context, str(socket)) == RecordDict()
+        assert {name: dict(record) for name, record in context.state.items()} == {
+            stages.OPENED: {"run": "a", "round": 3}
+        }
+    finally:
+        server.stop(0).wait()
+
+
+def test_frames_without_an_outline_are_an_error():
+    for sent in ([], [b""], [b"\x0a\x00"]):
+        with pytest.raises(ValueError, match="begin with an outline"):
+            frames.from_frames(sent)
+
+
 def test_only_its_user_can_reach_a_worker(socket, answers):
     server = worker.serve(socket)
     try:
@@ -124,6 +148,49 @@ def test_what_a_request_runs_into_is_its_answer_and_the_worker_goes_on(socket, a
         assert forward("train", content([1]), node(), str(socket))
     finally:
         server.stop(0).wait()
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{PILE OF POO}"])
+def test_a_long_reason_arrives_cut(socket, monkeypatch, letter):
+    def fail(records, node):
+        raise ValueError("the reason " + letter * 20_000)
+
+    monkeypatch.setitem(ANSWERS, "hello", fail)
+    server = worker.serve(socket)
+    try:
+        with pytest.raises(WorkerFailed, match="ValueError: the reason"):
+            forward("hello", content([1]), node(), str(socket))
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_worker_that_ends_leaves_the_socket_of_the_next_one(socket, monkeypatch):
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(records, node):
+        began.set()
+        assert go_on.wait(30)
+        return RecordDict()
+
+    monkeypatch.setitem(ANSWERS, "train", slow)
+    first = worker.serve(socket)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(forward, "train", RecordDict(), node(), str(socket))
+        assert began.wait(30)
+        ended = pool.submit(worker.stop, first, socket)
+        until = time.monotonic() + 30
+        while socket.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        second = worker.serve(socket)
+        go_on.set()
+        assert asked.result(30) == RecordDict()  # what the first one was at
+        ended.result(30)
+    try:
+        assert socket.exists()
+        assert forward("secure_end", RecordDict(), node(), str(socket)) == RecordDict()
+    finally:
+        worker.stop(second, socket)
+    assert not socket.exists()
 
 
 def test_requests_wait_for_each_other(socket, answers):

@@ -30,6 +30,14 @@ def test_what_prometheus_reads_is_what_the_lines_say(monkeypatch):
     assert float(found['corolla_adapter_bytes_total{client="ann",way="up"}']) == 30
 
 
+def test_an_address_that_is_taken_costs_the_metrics_and_not_the_run(monkeypatch, caplog):
+    """Two runs at a time are two ServerApps of one container."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("COROLLA_METRICS", f"127.0.0.1:{other.getsockname()[1]}")
+        serve_metrics()(LINE)
+    assert any("no metrics of this run" in record.getMessage() for record in caplog.records)
+
+
 def test_without_an_address_nothing_is_served(monkeypatch):
     monkeypatch.delenv("COROLLA_METRICS", raising=False)
     assert serve_metrics()(LINE) is None

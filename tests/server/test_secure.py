@@ -7,14 +7,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord
 
 from corolla.aggregation import build_method, client_weights, whole
 from corolla.aggregation.whole_modules import aggregate_round
 from corolla.client.secure.protocol import END, KEYS, PROJECT, REVEAL, SHARES, TRAIN
 from corolla.client.secure.stages import OPENED
-from corolla.server.secure import SumSettings
+from corolla.server.secure import SecureSums, SumSettings
 from corolla.server.secure_strategy import SecureFederatedLoRA
 from corolla.server.strategy import FederatedLoRA, Sampling
+from corolla.server.validation import LONGEST_REASON
 from tests.aggregation.federations import dense, difference
 from tests.server.secure_clients import RANKS, SHAPES, SecureFederation, crash
 
@@ -279,6 +281,78 @@ def test_a_revealed_share_that_was_changed_fails_the_round():
     federation = SecureFederation(faults={("ann", f"after {REVEAL}"): flip("shares", "dan")})
     _, [(record, _, _)] = run(federation)
     assert "the shares of dan's secret must give it" in record.update["failed"]
+
+
+def keys_as(change):
+    """A fault: ann publishes what `change` makes of her keys (JSON, parsed)."""
+
+    def fault(content, context):
+        published = json.loads(content.config_records["keys"]["json"])
+        content.config_records["keys"] = ConfigRecord({"json": change(published)})
+
+    return fault
+
+
+def with_key(name, place=None):
+    """Keys of which one is the point of order one."""
+
+    def change(published):
+        if place is None:
+            published["ann"][name] = bytes(32).hex()
+        else:
+            published["ann"][name][place] = bytes(32).hex()
+        return json.dumps(published)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda published: 3, "flat JSON"),
+        (lambda published: [1, 2], "flat JSON"),
+        (lambda published: "[" * 100_000, "flat JSON"),
+        (lambda published: json.dumps({"ann": 3}), "must be"),
+        (with_key("channel"), "large order"),
+        (with_key("masks", 0), "large order"),
+        (with_key("masks", 1), "large order"),
+    ],
+)
+def test_keys_that_are_none_cost_their_client_the_round_and_nobody_else(change, reason):
+    federation = SecureFederation(faults={("ann", f"after {KEYS}"): keys_as(change)})
+    _, [(record, _, _)] = run(federation)
+    assert record.successful
+    assert list(record.quarantined) == ["ann"]
+    assert reason in record.quarantined["ann"]
+    assert record.update["secure"]["clients"] == ["bob", "cleo", "dan", "eve"]
+
+
+def test_a_reply_that_trips_the_server_costs_its_client_alone(monkeypatch):
+    """A mistake of the server's in reading one message: no client's bytes end a run."""
+    read = SecureSums.vector
+
+    def trip(self, client, *rest):
+        if client == "ann":
+            raise TypeError("nobody thought of that")
+        return read(self, client, *rest)
+
+    monkeypatch.setattr(SecureSums, "vector", trip)
+    _, [(record, _, _)] = run(SecureFederation())
+    assert record.successful
+    assert record.quarantined == {"ann": "its message cannot be read: TypeError: nobody thought of that"}
+
+
+def test_what_a_client_says_is_recorded_as_one_short_line():
+    def fault(content, context):
+        content.config_records["receipt"]["client_id"] = "\n\x1b[31m" + "x" * 10**6
+
+    def fail(message, context):
+        raise ValueError("\n\x1b[31m" + "y" * 10**6)
+
+    federation = SecureFederation(faults={("ann", f"after {TRAIN}"): fault, ("bob", TRAIN): fail})
+    _, [(record, _, _)] = run(federation)
+    assert set(record.quarantined) == {"ann", "bob"}
+    assert all(len(why) <= LONGEST_REASON and why.isprintable() for why in record.quarantined.values())
 
 
 def test_another_clients_share_is_refused():

@@ -250,8 +250,39 @@ def test_a_message_beyond_the_largest_is_never_sent_and_says_the_cure():
     # Replies take 4 · rank · (6 + 8 + 4 + 8) bytes: 208 and 520; downloads of round two as much together.
     _, records = run(fake_grid({"a": 2, "b": 5}), clients=2, largest_message=500 / 2**30)
     assert [sorted(record.clients) for record, *_ in records] == [["a"]] * 2
-    assert "a smaller rank, or fewer target modules" in records[0][0].quarantined["b"]
+    assert "a smaller rank, or fewer target modules" in records[0][0].refused["b"]
     assert all(record.successful for record, *_ in records)
+
+
+@pytest.mark.parametrize("method", ["ffa", "warm", "rolora"])
+def test_a_rank_that_no_reply_can_have_does_not_become_that_of_the_model(method):
+    """A start of the largest rank is made before anyone trains: a claim of thousands would take the server's memory."""
+    strategy, _ = run(fake_grid({"a": 2, "b": 8}), 1, clients=2, largest_message=250 / 2**30, method=method)
+    assert {delta.rank for delta in strategy.model.start.values()} == {2}
+    assert list(strategy.fleet.clients) == ["a"]
+
+
+def test_a_download_beyond_the_largest_leaves_its_client_out_with_the_cure():
+    _, records = run(fake_grid({"a": 2, "b": 5}), clients=2, largest_message=525 / 2**30)
+    assert records[0][0].successful
+    assert "set aggregation.download_rank" in records[1][0].quarantined["a"]
+
+
+def test_a_client_that_was_refused_and_is_admitted_is_refused_no_longer():
+    wrong = {"bob"}
+    grid = fake_grid(RANKS, hello_faults={"bob": lambda h: replace(h, version="0" if wrong else h.version)})
+    strategy = FederatedLoRA(clients=4, evaluate="never")
+    records = []
+
+    def on_round(record, model, replies):
+        records.append(record)
+        wrong.clear()
+
+    strategy.on_round = on_round
+    strategy.run(grid, 2)
+    assert list(records[0].refused) == ["bob"]
+    assert not records[1].refused
+    assert "bob" in records[1].clients
 
 
 def test_a_node_of_another_version_is_refused():

@@ -109,3 +109,15 @@ def test_what_is_lora_alone_is_refused_at_configuration(sections, message):
     clients = {"kinds": ("lora", "vera"), "ranks": (4, 2)} | sections.pop("clients", {})
     with pytest.raises(ConfigError, match=message):
         Config.build({**sections, "clients": clients})
+
+
+def test_the_setting_is_read_from_everywhere():
+    for value in ('clients.kinds=["lora", "miss"]', "clients.kinds=['lora', 'miss']"):
+        config = Config.load(None, [value])
+        assert config.clients.kinds == ("lora", "miss")
+        assert Config.from_flat(config.flat()) == config
+    assert Config.load(None, ["clients.kinds=miss"]).clients.kinds == ("miss",)
+    assert Config.load(None, ["clients.kinds=node"]).clients.kinds == ("node",)
+    assert Config.from_flat({"clients.kinds": ""}).clients.kinds is None
+    with pytest.raises(ConfigError, match=r"clients\.kinds: must name a kind at least, or be unset, got \[\]"):
+        Config.load(None, ["clients.kinds=[]"])

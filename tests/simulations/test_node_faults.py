@@ -83,3 +83,40 @@ def test_a_node_whose_training_fails_is_named(fault, reason, tiny_folder, tmp_pa
     lines = run(config_of(tiny_folder, tmp_path), [node("right", 0), node("wrong", 1)])
     assert all(line["successful"] and set(line["quarantined"]) == {"wrong"} for line in lines)
     assert all(reason in line["quarantined"]["wrong"] for line in lines)
+
+
+SECRET = "Jane Roe was admitted with"
+BROKEN = {
+    "cut.jsonl": f'{{"prompt": "a", "completion": "b"}}\n{{"prompt": "{SECRET}',
+    "chat.jsonl": f'{{"messages": [{{"role": "doctor", "content": "{SECRET}"}}]}}\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_row_is_shown_to_its_owner_and_not_to_the_server(name, tiny_folder, tmp_path, caplog):
+    (tmp_path / name).write_text(BROKEN[name])
+    heard = []
+    caplog.set_level("INFO")
+    config = config_of(tiny_folder, tmp_path)
+    folder = prepare_folder(config)
+    grid = InProcessGrid(app, [node("right", 0), node("wrong", 1, data=str(tmp_path / name))], config.flat())
+    grid.pull_messages = _listening(grid.pull_messages, heard)
+    run_server(grid, config, folder)
+    (why,) = folder.lines()[0]["refused"].values()
+    assert "the log of its worker says which row" in why
+    assert heard
+    assert not any(SECRET in text for text in heard)
+    assert SECRET not in (folder.path / "metrics.jsonl").read_text()
+    assert any(SECRET in record.getMessage() for record in caplog.records)
+
+
+def _listening(pull, heard):
+    """`pull_messages` with the reasons of all errors noted."""
+
+    def listen(ids):
+        for reply in pull(ids):
+            if reply.has_error():
+                heard.append(reply.error.reason)
+            yield reply
+
+    return listen
