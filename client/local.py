@@ -134,8 +134,6 @@ class Client:
         """
         self._require_base(assignment)
         train, order = self.settings.train, assignment.order
-        if order.round == 0:
-            return self._sketch(order)
         limits: Limits | None = Limits(train.batch_size, train.accumulation, order.rank)
         limits = limits.within(self.limits) if limits and self.limits else limits
         failures = 0
@@ -159,19 +157,21 @@ class Client:
             f"{last}: use a smaller base, train.max_length, or train.checkpointing"
         )
 
-    def _sketch(self, order: Order) -> Reply:
+    def _sketch(self, order: Order, train: TrainConfig) -> Reply:
         """Two sketches of the first gradient of every module, where the kind's bases are made of those."""
-        spec, train, examples = self.spec(order.rank), self.settings.train, self._examples(1)
+        spec, examples = self.spec(order.rank), self._examples(1)
         shapes = _target_shapes(self.base, replace(spec, kind=LORA))
         found = sketch_first_gradient(self.base, spec, shapes, order.rank, order.seed, train, examples)
         return self._reply(order, len(examples), found, {})
 
     def _train(self, assignment: Assignment, limits: Limits) -> Reply:
         order, settings = assignment.order, self.settings
-        examples = self._examples(order.round)
         config = settings.train.model_copy(
             update={"batch_size": limits.micro_batch, "accumulation": limits.accumulation}
         )
+        if order.round == 0:
+            return self._sketch(order, config)
+        examples = self._examples(order.round)
         kept = self._kept(order)
         moments = under(kept, MOMENTS) if config.keep_optimizer else None
         with trainable(self.base.model, assignment, self._part(order, limits.rank, under(kept, PERSONAL))) as work:

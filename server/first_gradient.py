@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from corolla.adapters import BASES
 from corolla.aggregation import (
     SIDES,
+    ClientRule,
     ClientShare,
     Delta,
     DenseDelta,
@@ -22,9 +23,10 @@ from corolla.aggregation import (
     sum_sketches,
     widths,
 )
-from corolla.client.protocol import Assignment, Order
+from corolla.client.protocol import WHOLE, Assignment, Order
 from corolla.server.fleet import Fleet
 from corolla.server.round import OpenRound
+from corolla.server.size import reply_too_large
 
 Ask = Callable[[Iterable[Message]], Iterable[Message]]
 
@@ -55,20 +57,24 @@ def first_adapter(
     ask: Ask,
     weights: str,
     least: int,
+    largest: float,
     step: float,
 ) -> dict[str, Delta]:
     """C (r, r), L (out, r) and R (r, in) of every module: what the global model of LoRA-SB begins with.
 
     Every client is asked, by its order of round 0, for sketches of the mean gradient over the examples of its first
     round; what is not sound is left out and named, as in any round. `shapes` are the (out, in) of the modules,
-    `weights` the rule for p_k. G ≈ Σ p_k G_k gives L, S and R; C = −η √(out·in) diag(S) / ‖S‖, as long as a step
-    −η sign(G) of every weight, which the paper takes; a sign is not to be had from a sketch. Raises RuntimeError for
-    fewer than `least` sound replies, ValueError for a gradient that no bases can be made from.
+    `weights` the rule for p_k, `largest` a message's GiB. G ≈ Σ p_k G_k gives L, S and R; C = −η √(out·in) diag(S) /
+    ‖S‖, as long as a step −η sign(G) of every weight, which the paper takes; a sign is not to be had from a sketch.
+    Raises RuntimeError for fewer than `least` sound replies, ValueError for a gradient that no bases can be made from.
     """
     sketching = SketchFleet(fleet, shapes)
     opened = OpenRound(0, sketching)
     messages = []
     for client, order in orders.items():
+        if reason := reply_too_large(sketching.clients[client], 0, [ClientRule(frozenset({WHOLE}))], largest):
+            opened.leave_out(client, reason)
+            continue
         opened.ask(client, order, ClientShare({}, {}, 0.0))
         messages.append(message(Assignment(order, {}, {}), client))
     accepted, quarantined = opened.collect(ask(messages), fleet.deadline)
@@ -86,7 +92,8 @@ def first_adapter(
             for client, reply in accepted.items()
         }
         found |= _begin(module, shapes[module], orders[first], sum_sketches(sketches, shares), step)
-    log(20, "bases are made from the first gradients of %s", ", ".join(accepted))
+    sent = sum(opened.clients[client]["bytes_up"] for client in accepted)
+    log(20, "bases are made from the first gradients of %s: %.1f MiB of sketches", ", ".join(accepted), sent / 2**20)
     return found
 
 

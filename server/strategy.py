@@ -220,6 +220,7 @@ class FederatedLoRA(Strategy):
             lambda messages: grid.send_and_receive(messages, timeout=self.deadline),
             self.weights,
             self.min_replies,
+            self.largest_message,
             self.first_step,
         )
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from corolla import simulate
 from corolla.adapters import BASES
 from corolla.aggregation import DenseDelta
+from corolla.client import local
 from corolla.client.local import Client
 from corolla.client.training import train_round
 from corolla.server import first_gradient
@@ -140,3 +141,25 @@ def test_too_few_sound_sketches_end_the_run_with_the_reasons(tiny_folder, tmp_pa
     config = config_of(tiny_folder, tmp_path, "lora-sb", run={"rounds": 1, "min_replies": 2})
     with pytest.raises(RuntimeError, match=r"first gradients of 2 clients, got 1 sound ones \(client-000: .* finite"):
         simulate(config)
+
+
+def test_a_sketch_too_large_for_a_message_is_not_asked_for(tiny_folder, tmp_path):
+    config = config_of(tiny_folder, tmp_path, "lora-sb", run={"rounds": 1, "largest_message": 1e-6})
+    with pytest.raises(RuntimeError, match=r"got 0 sound ones \(client-000: a message must have at most run\.largest"):
+        simulate(config)
+
+
+def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_start_is_the_same(
+    tiny_folder, tmp_path, monkeypatch, unmoved
+):
+    right, batches = local.sketch_first_gradient, []
+
+    def sketch(base, spec, shapes, rank, seed, config, examples):
+        batches.append(config.batch_size)
+        if config.batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(base, spec, shapes, rank, seed, config, examples)
+
+    monkeypatch.setattr(local, "sketch_first_gradient", sketch)
+    assert off(still(tiny_folder, tmp_path / "run")) < 1e-3
+    assert batches == [4, 2, 1] * 3
