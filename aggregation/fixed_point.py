@@ -13,7 +13,8 @@ DTYPES = {32: torch.int32, 64: torch.int64}
 class FixedPoint:
     """Integers of `bits` bits for numbers of size at most `clip`, of which up to `terms` can be summed.
 
-    The step is the smallest power of two for which terms · clip / step < 2^(bits − 1): no sum can wrap around.
+    The step is the smallest power of two for which terms · ⌈clip / step⌉ < 2^(bits − 1): no sum of rounded numbers
+    can wrap around.
     Raises ValueError for numbers of bits other than 32 and 64, a clip that is not above 0, or no term.
     """
 
@@ -32,7 +33,8 @@ class FixedPoint:
     @property
     def step(self) -> float:
         """The distance of neighbouring numbers."""
-        return 2.0 ** (math.frexp(self.terms * self.clip)[1] - self.bits + 1)
+        step = 2.0 ** (math.frexp(self.terms * self.clip)[1] - self.bits + 1)
+        return step if self.terms * math.ceil(self.clip / step) < 2 ** (self.bits - 1) else 2 * step
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,21 +1,28 @@
 """A run's folder: its configuration, one line a round, checkpoints that a kill cannot harm, and the adapter."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from flwr.common.logger import log
 from safetensors.torch import load_file, save_file
 
 from corolla.aggregation import AdapterState, Delta, GlobalModel, delta_of, low_rank
 from corolla.server.config import Config
 
-CONFIG, METRICS, RUN = "config.toml", "metrics.jsonl", "run.json"
+CONFIG, METRICS, RUN, LOCK = "config.toml", "metrics.jsonl", "run.json", ".lock"
+
+LOCK_SECONDS = 120.0
+"""How long a run waits for another process to leave its folder: one that lost its SuperLink takes a while to end."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,27 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"a run's folder holds {CONFIG}, got {path} without it")
         return cls(path)
+
+    @contextmanager
+    def alone(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """While this lasts no other process writes here: two would mix their rounds.
+
+        The lock goes with its process, however that ends. Raises RuntimeError where another holds it that long.
+        """
+        with (self.path / LOCK).open("w") as file:
+            until = time.monotonic() + seconds
+            waiting = False
+            while not _locked(file.fileno()):
+                if time.monotonic() >= until:
+                    raise RuntimeError(
+                        f"a run's folder is for one process at a time, got {self.path} with another at work in it: "
+                        "corolla stop ends it, or give this run another run.out"
+                    )
+                if not waiting:
+                    log(30, "%s: waiting for another process to leave the run's folder", self.path)
+                    waiting = True
+                time.sleep(0.2)
+            yield
 
     def config(self) -> Config:
         """The configuration that the run was started with."""
@@ -187,6 +215,15 @@ class RunFolder:
 
 def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _locked(handle: int) -> bool:
+    """Whether the file is locked for this process now."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -109,16 +109,17 @@ def scores(lines: list[dict[str, Any]]) -> dict[int, float]:
 def prepare_folder(config: Config, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """The run's folder: new, or an existing one whose configuration gets this one's number of rounds.
 
-    Raises FileExistsError for a folder with a run in it where neither `resume` nor `overwrite` is said, and
-    ConfigError for a resumed run whose other settings than those of [run] were changed.
+    Raises FileExistsError for a folder with a run in it where neither `resume` nor `overwrite` is said, ConfigError
+    for a resumed run whose other settings than those of [run] were changed, and RuntimeError for one that is at work.
     """
     path = Path(config.run.out)
     if not resume:
         return RunFolder.create(path, config, run_facts(config), overwrite)
     folder = RunFolder.open(path)
-    if folder.rounds():
-        _require_resumable(folder.config(), config)
-    folder.write_config(config)
+    with folder.alone():
+        if folder.rounds():
+            _require_resumable(folder.config(), config)
+        folder.write_config(config)
     return folder
 
 
@@ -134,7 +135,15 @@ def _require_resumable(before: Config, now: Config) -> None:
 
 
 def run_server(grid: Grid, config: Config, folder: RunFolder, progress: Progress = lambda line: None) -> Path:
-    """Runs (or goes on with) the rounds of `config` over `grid`, and returns the folder of the exported adapter."""
+    """Runs (or goes on with) the rounds of `config` over `grid`, and returns the folder of the exported adapter.
+
+    Raises RuntimeError where another process is at work in the folder, or no round succeeded.
+    """
+    with folder.alone():
+        return _run(grid, config, folder, progress)
+
+
+def _run(grid: Grid, config: Config, folder: RunFolder, progress: Progress) -> Path:
     checkpoint = folder.load() if folder.rounds() else None
     folder.rewind(checkpoint)
     judge = open_judge(config, partial(_base, config))

@@ -129,3 +129,17 @@ def test_other_methods_are_refused():
     for name in ("fedit", "ffa", "flexlora", "full"):
         with pytest.raises(ValueError, match=f"got method '{name}', which needs every client's factors"):
             build_method(name).require_of_the_sum()
+
+
+@given(
+    bits=st.sampled_from([32, 64]), terms=st.integers(1, 60), exponent=st.integers(-3, 24), below=st.integers(18, 52),
+    sign=st.sampled_from([-1.0, 1.0]),
+)  # fmt: skip
+def test_a_sum_at_the_clip_does_not_wrap_where_the_clip_is_just_below_a_power_of_two(
+    bits, terms, exponent, below, sign
+):
+    clip = 2.0**exponent / terms * (1 - 2.0**-below)
+    numbers = FixedPoint(bits, clip, terms)
+    encoded = numbers.encode(torch.full((1,), sign * clip, dtype=torch.float64))
+    total = sum([encoded] * terms, torch.zeros_like(encoded))
+    assert float(numbers.decode(total)) == pytest.approx(sign * terms * clip, rel=1e-6)

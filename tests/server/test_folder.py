@@ -1,6 +1,10 @@
 """A run's folder: what was saved comes back, what was damaged is refused, what is old goes."""
 
 import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from corolla.aggregation import GlobalModel
 from corolla.server.config import Config
 from corolla.server.folder import Checkpoint, RunFolder
+from corolla.server.run import prepare_folder, run_server
 from tests.aggregation.federations import random_delta
 
 
@@ -100,3 +105,44 @@ def test_replies_come_back(folder):
     folder.save_replies(2, {"ann": adapter})
     assert GlobalModel(merged=folder.load_replies(2)["ann"]).digest() == GlobalModel(merged=adapter).digest()
     assert folder.load_replies(1) == {}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from corolla.server.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).alone():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.process
+def test_a_folder_is_one_process_alone_until_that_ends_however_it_does(tmp_path):
+    """A server that lost its SuperLink may be at work still when its run is resumed: two would mix their rounds."""
+    config = Config.load(None, [f"run.out={tmp_path / 'run'}"])
+    folder = prepare_folder(config)
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder.path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        before = folder.path.joinpath("config.toml").stat().st_mtime_ns
+        with pytest.raises(RuntimeError, match="another at work in it: corolla stop"), folder.alone(0.5):
+            pass
+        with ThreadPoolExecutor(1) as pool:
+            resumed = pool.submit(prepare_folder, config, True)
+            time.sleep(1)
+            assert not resumed.done()
+            assert folder.path.joinpath("config.toml").stat().st_mtime_ns == before
+            other.kill()
+            assert resumed.result(30).run_id() == folder.run_id()
+    with folder.alone(0.5):
+        pass
+
+
+def test_a_run_does_not_begin_in_a_folder_where_another_is_at_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("corolla.server.run._run", lambda grid, config, folder, progress: folder.path)
+    monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (0.2,))
+    config = Config.load(None, [f"run.out={tmp_path / 'run'}"])
+    folder = prepare_folder(config)
+    with folder.alone(), pytest.raises(RuntimeError, match="one process at a time"):
+        run_server(None, config, folder)
+    assert run_server(None, config, folder) == folder.path
