@@ -160,9 +160,17 @@ def quantized_bytes(model: Any, quantization: str) -> tuple[float, float]:
     return spared, float(max((weight.nbytes for weight in weights), default=0))
 
 
-@lru_cache(maxsize=8)
 def open_tokenizer(source: Source) -> Any:
-    """The source's tokenizer, the same object at every call; what has no padding token pads with the end token."""
+    """The source's tokenizer, the same object for as long as its files stay as they are.
+
+    What has no padding token pads with the end token.
+    """
+    files = ((path, path.stat()) for path in sorted(source.folder.iterdir()) if path.is_file())
+    return _open_tokenizer(source, tuple((path.name, facts.st_mtime_ns, facts.st_size) for path, facts in files))
+
+
+@lru_cache(maxsize=8)
+def _open_tokenizer(source: Source, files: tuple[tuple[str, int, int], ...]) -> Any:
     options = {"gguf_file": source.gguf} if source.gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **options)
     if tokenizer.pad_token is None:

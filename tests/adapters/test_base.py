@@ -1,10 +1,11 @@
 """Bases: found, identified by their bytes, opened once."""
 
+import json
 import shutil
 
 import pytest
 
-from corolla.adapters import base_hash, find_base, open_base
+from corolla.adapters import base_hash, find_base, open_base, open_tokenizer
 from tests.tiny import write_tiny_model
 
 
@@ -51,3 +52,19 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="weights"):
         base_hash(find_base(str(tmp_path)))
+
+
+def test_a_tokenizer_that_was_mended_is_read_again(tiny_folder, tmp_path):
+    """A worker lasts: the hash of a base whose files were replaced is the new one, and so must be its tokenizer."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    right = (folder / "tokenizer.json").read_text()
+    found = json.loads(right)
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    wrong = open_tokenizer(find_base(str(folder)))
+    (folder / "tokenizer.json").write_text(right)
+    mended = open_tokenizer(find_base(str(folder)))
+    assert base_hash(find_base(str(folder))) == base_hash(find_base(str(tiny_folder)))
+    assert mended("ab")["input_ids"] == wrong("ba")["input_ids"] != wrong("ab")["input_ids"]
+    assert open_tokenizer(find_base(str(folder))) is mended
