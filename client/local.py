@@ -159,6 +159,11 @@ class Client:
 
     def _sketch(self, order: Order, train: TrainConfig) -> Reply:
         """Two sketches of the first gradient of every module, where the kind's bases are made of those."""
+        if not (self.travels and self.travels.shipped):
+            raise ValueError(
+                f"round 0 asks for sketches of the first gradient, got adapter.kind = {self.settings.adapter.kind!r}, "
+                "which needs none: this client gives none"
+            )
         spec, examples = self.spec(order.rank), self._examples(1)
         shapes = _target_shapes(self.base, replace(spec, kind=LORA))
         found = sketch_first_gradient(self.base, spec, shapes, order.rank, order.seed, train, examples)

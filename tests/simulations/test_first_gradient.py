@@ -11,9 +11,11 @@ from corolla.adapters import BASES
 from corolla.aggregation import DenseDelta
 from corolla.client import local
 from corolla.client.local import Client
+from corolla.client.protocol import Assignment, Order
 from corolla.client.training import train_round
 from corolla.server import first_gradient
 from corolla.simulations.simulate import clients_of
+from tests.simulations.federation import tiny_config
 from tests.simulations.test_kinds import config_of, rounds
 
 
@@ -163,3 +165,10 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_start_is_the_sa
     monkeypatch.setattr(local, "sketch_first_gradient", sketch)
     assert off(still(tiny_folder, tmp_path / "run")) < 1e-3
     assert batches == [4, 2, 1] * 3
+
+
+def test_a_client_of_another_kind_gives_no_gradient(tiny_folder, tmp_path):
+    client = next(iter(clients_of(tiny_config(tiny_folder, tmp_path)).values()))
+    order = Order(0, 4, "W", 0, 0, "m", "s", client.base.hash)
+    with pytest.raises(ValueError, match=r"got adapter\.kind = 'lora', which needs none: this client gives none"):
+        client.train(Assignment(order, {}, {}))
