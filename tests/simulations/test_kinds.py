@@ -1,8 +1,10 @@
 """Every kind of adapter through whole runs: partial participation, resume, export, quarantine, and what is refused."""
 
+import atexit
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -30,16 +32,27 @@ def rounds(run):
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 probe = torch.arange(40).reshape(2, 20)
-print(float(model(input_ids=probe).logits.double().square().sum()))
+for folder in sys.stdin:
+    model = AutoModelForCausalLM.from_pretrained(folder.strip(), dtype=torch.float32)
+    print(float(model(input_ids=probe).logits.double().square().sum()), flush=True)
 """
+
+
+@cache
+def elsewhere() -> subprocess.Popen[str]:
+    """A process that knows nothing of this one, and makes something of each checkpoint that it is told of."""
+    words = [sys.executable, "-c", FRESH]
+    found = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    atexit.register(found.kill)
+    return found
 
 
 def reloaded(folder) -> float:
     """What a process of its own makes of a checkpoint."""
-    words = [sys.executable, "-c", FRESH, str(folder)]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    process = elsewhere()
+    process.stdin.write(f"{folder}\n")
+    return float(process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
