@@ -1,5 +1,6 @@
 """LoRA-SB's start: made of sketches, equal to the one from the pooled gradient, and robust to what clients send."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_sketch_that_is_not_sound_is_left_out(fault, tiny_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Client, "train", spoilt(FAULTS[fault]))
+    caplog.set_level(logging.INFO, logger="flwr")
     run = simulate(still(tiny_folder, tmp_path / "run"))
     assert "round 0: reply of client-000 is quarantined" in caplog.text
     assert "from the first gradients of client-002" in caplog.text
