@@ -21,7 +21,8 @@ from corolla.adapters import find_base, open_tokenizer
 from corolla.aggregation import LowRankDelta
 from corolla.client.config import ClientSettings
 from corolla.client.estimate import Work
-from corolla.client.local import Client, open_client
+from corolla.client.local import Client
+from corolla.client.open import open_client
 from corolla.client.plan import Option, make_plan
 from corolla.client.protocol import Assignment, Order, share_digest
 from corolla.server.config import Config

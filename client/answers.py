@@ -6,14 +6,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from corolla.client.afford import Limits
 from corolla.client.config import ClientSettings, node_name
 from corolla.client.data import DataError
-from corolla.client.local import Client, open_client
+from corolla.client.local import Client
+from corolla.client.open import open_client
+from corolla.client.process import use_threads
 from corolla.client.protocol import Assignment, Reply
 from corolla.client.secure import stages
 
@@ -37,16 +38,6 @@ class Node:
 
     config: Mapping[str, Any]
     state: RecordDict
-
-
-def use_threads(threads: int) -> int:
-    """Sets torch's CPU threads (0: every core this process may use) and returns the number.
-
-    Every engine sets its own otherwise, and results are bit-equal only with equal numbers.
-    """
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    return threads
 
 
 def _open(settings: str, node: Node) -> Client:

@@ -1,6 +1,5 @@
 """What a client can afford: the largest rank, and then micro-batch, whose predicted memory fits into its budget."""
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -191,18 +190,3 @@ def expected_traffic(settings: ClientSettings, rank: int, targets: str | tuple[s
     frozen = sum(4 * min(expected.frozen_rank, o, i) * (o + i) for o, i in shapes.values())
     up = max(sum(factors[name] for name in turn) for turn in expected.turns)
     return Traffic(frozen + start + head, 4 * rank * up + head)
-
-
-def keep_freed_memory_low() -> None:
-    """Makes glibc give large blocks back as soon as they are freed, at the price of some speed.
-
-    By itself it raises the size from which it does so, up to 32 MiB, and a process then holds 1.2 to 1.9 times the
-    activations. Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(MMAP_THRESHOLD, 128 * 1024)
-
-
-MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of malloc.h; 128 KiB is where glibc begins."""

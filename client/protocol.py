@@ -101,6 +101,10 @@ def adapter_bytes(record: ArrayRecord) -> int:
     return sum(len(part.data) for part in unbundle(record).values())
 
 
+Coordinates = tuple[str, int, tuple[tuple[str, tuple[int, int]], ...]]
+"""The basis, how many components, and the modules with their shapes: what clients of one kind must have in common."""
+
+
 @dataclass(frozen=True)
 class Hello:
     """Who a node is: its name, the rank it declares, its base, its data and its modules.
@@ -118,6 +122,11 @@ class Hello:
     heads: Shapes = field(default_factory=dict)
     version: str = __version__
     basis: str = ""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """What its adapter's numbers mean."""
+        return self.basis, self.rank, tuple(sorted(self.shapes.items()))
 
     def pack(self) -> RecordDict:
         """As the content of a reply to `query.hello`."""

@@ -8,8 +8,8 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from corolla.client.answers import use_threads
 from corolla.client.events import emit, use_json_logs
+from corolla.client.process import use_threads
 from corolla.server.config import Config
 from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.metrics import serve_metrics

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import Message
@@ -59,8 +60,10 @@ def first_adapter(
     least: int,
     largest: float,
     step: float,
-) -> dict[str, Delta]:
+) -> tuple[dict[str, Delta], dict[str, Any]]:
     """C (r, r), L (out, r) and R (r, in) of every module: what the global model of LoRA-SB begins with.
+
+    And what the run's record says of it: the bytes that each client sent, and who was left out and why.
 
     Every client is asked, by its order of round 0, for sketches of the mean gradient over the examples of its first
     round; what is not sound is left out and named, as in any round. `shapes` are the (out, in) of the modules,
@@ -92,9 +95,10 @@ def first_adapter(
             for client, reply in accepted.items()
         }
         found |= _begin(module, shapes[module], orders[first], sum_sketches(sketches, shares), step)
-    sent = sum(opened.clients[client]["bytes_up"] for client in accepted)
-    log(20, "bases are made from the first gradients of %s: %.1f MiB of sketches", ", ".join(accepted), sent / 2**20)
-    return found
+    sent = {client: opened.clients[client]["bytes_up"] for client in accepted}
+    size = sum(sent.values()) / 2**20
+    log(20, "bases are made from the first gradients of %s: %.1f MiB of sketches", ", ".join(accepted), size)
+    return found, {"bytes_up": sent, "quarantined": quarantined}
 
 
 def _begin(module: str, shape: tuple[int, int], order: Order, sketch: GradientSketch, step: float) -> dict[str, Delta]:

@@ -9,18 +9,22 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from corolla.client.protocol import HELLO, Hello
+from corolla.client.protocol import HELLO, Coordinates, Hello
 from corolla.server.validation import Rejected, check_hello, reason_of
 
 T = TypeVar("T", bound=Any)
 
 
 class Fleet:
-    """The clients by name, with their nodes. `base_hash` may be left open: then it is what most nodes have."""
+    """The clients by name, with their nodes. `base_hash` may be left open: then it is what most nodes have.
+
+    `coordinates` are those of most of the first nodes with that base, None before there are any.
+    """
 
     def __init__(self, settings: str, base_hash: str, deadline: float) -> None:
         self.settings, self.base_hash, self.deadline = settings, base_hash, deadline
         self.clients: dict[str, Hello] = {}
+        self.coordinates: Coordinates | None = None
         self.refused: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -71,6 +75,9 @@ class Fleet:
             except ValueError as error:
                 self._refuse(f"node {node}", str(error))
         self.base_hash = self.base_hash or _most_common((hello.base_hash for _, hello in hellos), "")
+        self.coordinates = self.coordinates or _most_common(
+            (hello.coordinates for _, hello in hellos if hello.base_hash == self.base_hash), None
+        )
         known = _common_shapes(hello for _, hello in hellos if hello.base_hash == self.base_hash) | self._shapes
         for node_id, hello in sorted(hellos, key=lambda pair: (pair[1].client_id.casefold(), pair[0])):
             try:

@@ -44,17 +44,19 @@ class RunFolder:
     def create(cls, path: Path, config: Config, facts: Mapping[str, Any], overwrite: bool = False) -> "RunFolder":
         """A new folder with the resolved configuration and the facts of the run (versions, commit, devices).
 
-        Raises FileExistsError where a run is there already, unless `overwrite` takes it away.
+        Raises FileExistsError where a run is there already, unless `overwrite` takes it away, and RuntimeError where
+        that one is at work.
         """
         if (path / CONFIG).exists():
             if not overwrite:
                 raise FileExistsError(
                     f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite"
                 )
-            for old in (path / "checkpoints", path / "adapter", path / "replies", path / "trackers", path / "clients"):
-                shutil.rmtree(old, ignore_errors=True)
-            for name in (METRICS, RUN, CONFIG, "best.json"):
-                (path / name).unlink(missing_ok=True)
+            with cls(path).alone():
+                for old in ("checkpoints", "adapter", "replies", "trackers", "clients"):
+                    shutil.rmtree(path / old, ignore_errors=True)
+                for name in (METRICS, RUN, CONFIG, "best.json"):
+                    (path / name).unlink(missing_ok=True)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder.write_json(RUN, facts)
@@ -149,7 +151,7 @@ class RunFolder:
         state = {"round": checkpoint.round, "successful_rounds": model.round, "base_hash": model.base_hash}
         state |= {"digest": model.digest(), "line": dict(checkpoint.line)}
         (temporary / "state.json").write_text(json.dumps(state))
-        for file in temporary.iterdir():
+        for file in (*temporary.iterdir(), temporary):
             _sync(file)
         temporary.replace(folder)
         _sync(folder.parent)

@@ -48,8 +48,9 @@ from corolla.aggregation import (
     whole,
     without,
 )
-from corolla.client.protocol import WHOLE, Assignment, Hello, Order, share_digest, unpack_metrics
+from corolla.client.protocol import WHOLE, Assignment, Hello, Order, share_digest
 from corolla.client.seeding import random_order
+from corolla.server.evaluation import OpenEvaluation
 from corolla.server.first_gradient import first_adapter
 from corolla.server.fleet import Fleet
 from corolla.server.privacy import Privacy
@@ -58,7 +59,7 @@ from corolla.server.round import OpenRound
 from corolla.server.scores import average
 from corolla.server.size import reply_too_large, too_large
 from corolla.server.stream import Stream
-from corolla.server.validation import Rejected, check_evaluation, reason_of
+from corolla.server.validation import Rejected
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ class FederatedLoRA(Strategy):
         self._evaluated = set(evaluated)
         self.on_round, self.on_evaluation = on_round, on_evaluation
         self._round = OpenRound(rounds_done, self.fleet)
-        self._evaluators: set[str] = set()
+        self._evaluation = OpenEvaluation(())
         self._cut_error = 0.0
+        self._sketches: dict[str, Any] = {}
         self._began = time.perf_counter()
 
     def run(self, grid: Grid, rounds: int) -> Result:
@@ -212,7 +214,7 @@ class FederatedLoRA(Strategy):
             raise ValueError("lora-sb needs the base's configuration on the server, got no base: fetch it there")
         nothing, rule = ClientShare({}, {}, 0.0), ClientRule(trains=frozenset({WHOLE}))
         orders = {c: self._order(0, rank, rule, model.digest(), nothing) for c, rank in self._ranks().items()}
-        return first_adapter(
+        adapter, self._sketches = first_adapter(
             self.fleet,
             self.modules,
             orders,
@@ -223,6 +225,7 @@ class FederatedLoRA(Strategy):
             self.largest_message,
             self.first_step,
         )
+        return adapter
 
     def _admit(self, hello: Hello) -> None:
         """Raises Rejected for a client that cannot join the federation as it is by now.
@@ -251,12 +254,11 @@ class FederatedLoRA(Strategy):
 
     def _require_one_basis(self, kind: Kind, hello: Hello) -> None:
         """Raises Rejected for a client whose coordinates are not those of the others."""
-        for other in self.fleet.clients.values():
-            if (other.basis, other.shapes, other.rank) != (hello.basis, hello.shapes, hello.rank):
-                raise Rejected(
-                    f"{kind.name} needs one basis, one rank and one set of modules, got another than "
-                    f"{other.client_id}'s: use the same base, rank and target modules everywhere"
-                )
+        if hello.coordinates != self.fleet.coordinates:
+            raise Rejected(
+                f"{kind.name} needs one basis, one rank and one set of modules, got others than most clients have: use "
+                "the same base, rank and target modules everywhere"
+            )
 
     def _rule(self, round_number: int) -> ClientRule:
         """What clients train in this round: what the method says, in the coordinates of their kind."""
@@ -335,6 +337,8 @@ class FederatedLoRA(Strategy):
         """Makes the outcome of `updates` the model, unless the round `failed`, and the round's record of it."""
         self.rounds_done += 1
         facts = {"download_error": self._cut_error, **facts}
+        if self._sketches:
+            facts["first_gradients"], self._sketches = self._sketches, {}
         noise: Mapping[str, Any] = {}
         successful = not failed
         if not successful:
@@ -408,7 +412,7 @@ class FederatedLoRA(Strategy):
         return {**adapted, **{m: s for hello in hellos for m, s in hello.heads.items()}}
 
     def _proof(self, proof: Certificate, size: float) -> Certificate:
-        """The certificate of a change of ‖·‖_F = `size`, with what happened to the updates before."""
+        """The certificate of a change of ‖·‖_F = `size`: no proof where the kind's own rule is not exact."""
         return replace(proof, exact=False, reason=self.kind.inexact) if self.kind and self.kind.inexact else proof
 
     def _heads(self) -> set[str]:
@@ -430,41 +434,17 @@ class FederatedLoRA(Strategy):
 
     def _evaluation_messages(self) -> list[Message]:
         model = self._model()
-        self._evaluators = set(self.fleet.clients)
+        self._evaluation = OpenEvaluation(self.fleet.clients)
         reduced, _ = cut(model, self.download)
         part = ClientShare(whole(reduced), {}, 0.0)
         order = self._order(self.rounds_done, 1, ClientRule(trains=frozenset()), model.digest(), part)
-        return [
-            self._message(Assignment(order, part.frozen, {}), client, MessageType.EVALUATE)
-            for client in self.fleet.clients
-        ]
+        assignment = Assignment(order, part.frozen, {})
+        return [self._message(assignment, client, MessageType.EVALUATE) for client in self.fleet.clients]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean metrics, by held-out examples, of the clients that answered."""
-        found: dict[str, dict[str, float]] = {}
-        failed: dict[str, str] = {}
-        for message in replies:
-            client = message.metadata.group_id.partition(":")[2]
-            try:
-                found[client] = self._evaluation_of(message, client)
-            except ValueError as error:
-                failed[reason_of(client or "unknown")] = reason_of(error)
-        for client in sorted(self._evaluators - found.keys() - failed.keys()):
-            failed[client] = f"no reply within {self.deadline:g} s"
-        self._evaluators = set()
+        found, failed = self._evaluation.collect(replies, self.deadline)
         if not found and not failed:
             return None
-        for client, reason in failed.items():
-            log(30, "evaluation by %s failed: %s", client, reason)
-        self.on_evaluation(self.rounds_done, dict(sorted(found.items())), dict(sorted(failed.items())))
+        self.on_evaluation(self.rounds_done, found, failed)
         return MetricRecord(dict(average(found)))
-
-    def _evaluation_of(self, message: Message, client: str) -> dict[str, float]:
-        """A client's numbers. Raises ValueError where it failed, was not asked, or sent what are no numbers."""
-        if client not in self._evaluators:
-            raise Rejected(f"an evaluation must have been asked for, got {message.metadata.group_id!r}")
-        if message.has_error():
-            raise Rejected(f"the client failed: {message.error.reason or message.error.code}")
-        metrics = unpack_metrics(message.content)
-        check_evaluation(metrics)
-        return metrics

@@ -15,8 +15,8 @@ from corolla.aggregation import (
     without,
     without_empty,
 )
-from corolla.client.answers import use_threads
 from corolla.client.config import head_of
+from corolla.client.process import use_threads
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from corolla.aggregation import AdapterState, GlobalModel, whole
-from corolla.client.answers import CLIENTS, use_threads
+from corolla.client.answers import CLIENTS
 from corolla.client.app import app as client_app
 from corolla.client.config import AUTO, client_name
-from corolla.client.local import Client, open_client
+from corolla.client.local import Client
+from corolla.client.open import open_client
+from corolla.client.process import use_threads
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 from corolla.server.run import prepare_folder, run_server

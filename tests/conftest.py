@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from corolla.adapters import open_base
+from corolla.client.process import pass_over_libraries
 from tests.tiny import write_tiny_model
 
 torch.set_num_threads(1)
+pass_over_libraries()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,9 +8,9 @@ from typing import Any
 
 from corolla.adapters import Base, carrying, on_weights
 from corolla.aggregation import AdapterState, adapter_norm, add_adapters, distance, whole, without_empty
-from corolla.client.answers import use_threads
 from corolla.client.data import ClientData
 from corolla.client.local import Client
+from corolla.client.process import use_threads
 from corolla.client.tasks import find_task
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import CONFIG, RunFolder

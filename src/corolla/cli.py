@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -15,7 +14,7 @@ from corolla import __version__, data, deploy, laboratory
 from corolla.evaluate import evaluate
 from corolla.kinds import adapters
 from corolla.plan import plan
-from corolla.terminal import RunPath, Settings, Verbose, console, exit_codes, quiet
+from corolla.terminal import RunPath, Settings, Verbose, console, describe_line, exit_codes, quiet
 
 if TYPE_CHECKING:
     from corolla.server.config import Config
@@ -61,6 +60,7 @@ def simulate(
     """
     quiet(verbose)
     with exit_codes():
+        from corolla.client.process import pass_over_libraries
         from corolla.server.folder import RunFolder
         from corolla.simulations.simulate import Watch, load_config
         from corolla.simulations.simulate import simulate as run_simulation
@@ -71,6 +71,7 @@ def simulate(
             )
         out = resume or out
         chosen = RunFolder.open(resume).config() if resume else load_config(config, settings or ())
+        pass_over_libraries()
         with _progress(chosen) as watch:
             run = run_simulation(
                 config,
@@ -116,29 +117,6 @@ def _progress(config: "Config") -> Iterator[tuple[Any, Any]]:
             bar.update(task, advance=1, description=doing.get(kind, kind))
 
         yield on_step, lambda line: console.print(describe_line(line), soft_wrap=True, highlight=False)
-
-
-def describe_line(line: Any) -> str:
-    if line["kind"] == "evaluation":
-        from corolla.server.scores import describe, score_of
-
-        found = [("", line["mean"]), *([("; server: ", line["server"])] if "server" in line else [])]
-        return f"after round {line['round']}: " + "".join(f"{w}{describe(part, score_of([line]))}" for w, part in found)
-    if not line["successful"]:
-        return (
-            f"[red]round {line['round']} failed[/]: {escape(str(line['update'].get('failed') or line['quarantined']))}"
-        )
-    losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
-    update = line["update"]
-    proof = update["certificate"]
-    exact = "exact" if proof["exact"] else f"error {proof['relative_error']:.1%}"
-    bad = f", [yellow]quarantined {escape(str(line['quarantined']))}[/]" if line["quarantined"] else ""
-    private = f", ε {update['privacy']['epsilon']:.2f}" if "privacy" in update else ""
-    return (
-        f"round {line['round']}: {len(losses)} clients, train loss {sum(losses) / max(len(losses), 1):.3f}, "
-        f"update norm {update['norm']:.2f} of rank {update['merged_rank'] or update['start_rank']} "
-        f"({exact}), {line['seconds']:.0f} s{private}{bad}"
-    )
 
 
 def _table(comparison: "Comparison", config: "Config") -> Table:

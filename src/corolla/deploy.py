@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from corolla.terminal import Settings, Verbose, console, exit_codes, quiet
+from corolla.terminal import Settings, Verbose, console, describe_line, exit_codes, quiet
 
 Federation = Annotated[
     str, typer.Option("--federation", "-f", help="a connection of Flower's config.toml, such as [superlink.prod]")
@@ -69,7 +69,6 @@ def run(
 
 
 def _show(line: str, verbose: bool) -> None:
-    from corolla.cli import describe_line
     from corolla.client.events import read_event
 
     if event := read_event(line):
@@ -174,11 +173,13 @@ def worker(
     quiet(verbose)
     with exit_codes("the node trains without a worker until it is back"):
         from corolla.client.events import use_json_logs
+        from corolla.client.process import pass_over_libraries
         from corolla.client.worker import serve
         from corolla.client.worker import stop as stop_worker
 
         use_json_logs()
         server = serve(socket)
+        pass_over_libraries()
         console.print(f"worker listens on {socket}", highlight=False)
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

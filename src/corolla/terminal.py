@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -73,3 +73,27 @@ def exit_codes(cure: str = "go on with --resume") -> Iterator[None]:
             f"[bold red]error[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True, highlight=False
         )
         raise typer.Exit(1) from error
+
+
+def describe_line(line: Any) -> str:
+    """A line of metrics.jsonl as one for people, in rich's markup."""
+    if line["kind"] == "evaluation":
+        from corolla.server.scores import describe, score_of
+
+        found = [("", line["mean"]), *([("; server: ", line["server"])] if "server" in line else [])]
+        return f"after round {line['round']}: " + "".join(f"{w}{describe(part, score_of([line]))}" for w, part in found)
+    if not line["successful"]:
+        return (
+            f"[red]round {line['round']} failed[/]: {escape(str(line['update'].get('failed') or line['quarantined']))}"
+        )
+    losses = [c["train_loss"] for c in line["clients"].values() if "train_loss" in c]
+    update = line["update"]
+    proof = update["certificate"]
+    exact = "exact" if proof["exact"] else f"error {proof['relative_error']:.1%}"
+    bad = f", [yellow]quarantined {escape(str(line['quarantined']))}[/]" if line["quarantined"] else ""
+    private = f", ε {update['privacy']['epsilon']:.2f}" if "privacy" in update else ""
+    return (
+        f"round {line['round']}: {len(losses)} clients, train loss {sum(losses) / max(len(losses), 1):.3f}, "
+        f"update norm {update['norm']:.2f} of rank {update['merged_rank'] or update['start_rank']} "
+        f"({exact}), {line['seconds']:.0f} s{private}{bad}"
+    )

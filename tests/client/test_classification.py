@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from corolla.adapters import Head, head_shapes, open_base
 from corolla.aggregation import DenseDelta, LowRankDelta, whole
 from corolla.client.config import DataConfig
-from corolla.client.local import open_client
+from corolla.client.open import open_client
 from corolla.client.tasks import find_task
 from corolla.simulations import simulate as simulation
 from corolla.simulations.evaluate import evaluate_checkpoint

@@ -92,7 +92,7 @@ def test_kept_moments_change_the_run_and_a_new_run_begins_without_them(tiny_fold
 
 
 def test_a_node_without_a_folder_is_told_to_name_one(tiny_folder, tmp_path):
-    from corolla.client.local import open_client
+    from corolla.client.open import open_client
     from tests.client.test_options import first_order
 
     config = tiny_config(tiny_folder, tmp_path, adapter={"personal_rank": 2})

@@ -284,7 +284,7 @@ def test_a_node_plans_once_and_its_own_memory_counts(tiny_folder, tmp_path, monk
     assert answers._open(told, node).rank == 8
     found = {"micro_batch": 4, "accumulation": 1, "rank": 8, "declared": 8}
     assert dict(node.state.config_records[answers.LIMITS]) == found
-    monkeypatch.setattr("corolla.client.local.make_plan", None)
+    monkeypatch.setattr("corolla.client.open.make_plan", None)
     again = answers._open(told, node)
     assert (again.rank, again.limits.micro_batch) == (8, 4)
     answers._remember(node, again, Limits(1, 4, 2))  # as after running out of memory: it stays a client of rank 8

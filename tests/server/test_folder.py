@@ -146,3 +146,12 @@ def test_a_run_does_not_begin_in_a_folder_where_another_is_at_work(tmp_path, mon
     with folder.alone(), pytest.raises(RuntimeError, match="one process at a time"):
         run_server(None, config, folder)
     assert run_server(None, config, folder) == folder.path
+
+
+def test_a_run_at_work_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (0.2,))
+    config = Config.load(None, [f"run.out={tmp_path / 'run'}"])
+    folder = prepare_folder(config)
+    with folder.alone(), pytest.raises(RuntimeError, match="one process at a time"):
+        prepare_folder(config, overwrite=True)
+    assert folder.run_id() != prepare_folder(config, overwrite=True).run_id()

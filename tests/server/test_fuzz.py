@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from corolla.aggregation import ClientUpdate, advance, build_method, client_weights
-from corolla.cli import describe_line
 from corolla.server import stream
 from corolla.server.strategy import FederatedLoRA
 from corolla.server.trackers import numbers_of
 from corolla.server.validation import LONGEST_REASON
+from corolla.terminal import describe_line
 from tests.aggregation.federations import principal
 from tests.server.clients import BASE, SHAPES
 from tests.server.hostile.damage import DAMAGE

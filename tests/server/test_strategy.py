@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from corolla.adapters import KINDS
 from corolla.aggregation import (
     AGGREGATORS,
     GlobalModel,
@@ -88,6 +89,25 @@ def test_a_client_with_another_base_is_refused_by_name_and_the_run_goes_on():
             "cleo": "base hash must be the-base, got another: use the same checkpoint as the server"
         }
         assert record.clients.keys() == {"ann", "bob", "dan"}
+
+
+OTHER_COORDINATES = {
+    "basis": lambda h: replace(h, basis="another"),
+    "rank": lambda h: replace(h, rank=3),
+    "modules": lambda h: replace(h, shapes={"layer.q": SHAPES["layer.q"]}),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_COORDINATES)
+def test_a_client_with_coordinates_of_its_own_is_refused_and_not_the_others(what):
+    def hello(other):
+        return lambda h: other(replace(h, basis="shared"))
+
+    faults = {name: hello(OTHER_COORDINATES[what] if name == "ann" else lambda h: h) for name in RANKS}
+    grid = fake_grid(dict.fromkeys(RANKS, 2), hello_faults=faults)
+    _, records = run(grid, kind=KINDS["vera"])
+    assert "vera needs one basis, one rank and one set of modules" in records[0][0].refused["ann"]
+    assert records[0][0].clients.keys() == {"bob", "cleo", "dan"}
 
 
 def test_two_nodes_of_one_name_are_one_client():

@@ -138,6 +138,9 @@ def test_a_sketch_that_is_not_sound_is_left_out(fault, tiny_folder, tmp_path, mo
     assert "from the first gradients of client-002" in caplog.text
     assert run.model.is_finite()
     assert all(line["successful"] for line in rounds(run))
+    sketches = rounds(run)[0]["update"]["first_gradients"]
+    assert sketches["bytes_up"].keys() == {"client-002"}
+    assert sketches["quarantined"].keys() == {"client-000", "client-001"}
 
 
 def test_too_few_sound_sketches_end_the_run_with_the_reasons(tiny_folder, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import torch
 
 from corolla import simulate
 from corolla.adapters import KINDS
-from corolla.client.local import Client, open_client
+from corolla.client.local import Client
+from corolla.client.open import open_client
 from corolla.server.config import Config, ConfigError
 from corolla.simulations.export import export_checkpoint
 from corolla.simulations.report import write_report

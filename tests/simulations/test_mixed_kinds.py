@@ -7,7 +7,8 @@ import torch
 
 from corolla import simulate
 from corolla.aggregation import LowRankDelta
-from corolla.client.local import Client, open_client
+from corolla.client.local import Client
+from corolla.client.open import open_client
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import RunFolder
 from corolla.simulations.export import export_checkpoint

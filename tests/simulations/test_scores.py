@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from corolla import cli, laboratory
+from corolla import cli, laboratory, terminal
 from corolla.client.tasks import causal_lm
 from corolla.server.folder import RunFolder
 from corolla.simulations.report import gather, write_figures, write_report
@@ -65,7 +65,7 @@ def test_another_score_is_shown_by_its_name(plain, tmp_path):
         line |= {"score": "accuracy", "mean": line["mean"] | scores, "server": {"held_out_loss": 0.5, **scores}}
         line["clients"] = {name: found | scores for name, found in line["clients"].items()}
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "accuracy 75.0%; server: held-out loss 0.500, accuracy 75.0%" in cli.describe_line(lines[-1])
+    assert "accuracy 75.0%; server: held-out loss 0.500, accuracy 75.0%" in terminal.describe_line(lines[-1])
     document = gather([out])["runs"][0]
     assert (document["score"], document["score_title"]) == ("accuracy", "Accuracy")
     names = {path.stem for path in write_figures([out, plain[0]], tmp_path / "figures")}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from corolla import cli, simulate
+from corolla import simulate, terminal
 from corolla.server.config import Config, ConfigError
 from corolla.server.folder import RunFolder
 from corolla.server.held_out import open_judge
@@ -30,7 +30,7 @@ def test_the_line_of_an_evaluation_has_the_servers_numbers(tiny_folder, rows, tm
     assert lines[0]["server"] == pytest.approx(base)
     assert lines[2]["server"] == pytest.approx(tuned)
     assert base["held_out_loss"] != pytest.approx(tuned["held_out_loss"], rel=1e-3)
-    assert "; server: held-out loss" in cli.describe_line(lines[-1])
+    assert "; server: held-out loss" in terminal.describe_line(lines[-1])
     assert json.loads(config.settings().model_dump_json())["data"]["server_held_out"] is None
 
 
