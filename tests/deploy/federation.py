@@ -164,7 +164,7 @@ class Federation:
     def children(self, service: str, name: str) -> list[int]:
         """The processes called `name` that a service has started."""
         below = psutil.Process(self.running[service].pid).children(recursive=True)
-        return [p.pid for p in below if any(name in word for word in p.cmdline()[:2])]
+        return [p.pid for p in below if name == p.name() or any(name in word for word in p.cmdline()[:2])]
 
     def log(self, service: str) -> str:
         """What a service has printed."""

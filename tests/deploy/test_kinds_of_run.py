@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from corolla import simulate
@@ -22,7 +23,7 @@ def both(live: Federation, model: Path, folder: Path, name: str, **changes: obje
     return RunFolder.open(live.folder / "runs" / name), RunFolder.open(simulated.folder)
 
 
-def test_the_clientapp_holds_no_torch_and_a_run_is_stopped(live, tiny_folder):
+def test_the_clientapp_is_forked_without_torch_and_a_run_is_stopped(live, tiny_folder):
     changes = {"run.rounds": 50, "run.evaluate": "never", "train.local_steps": 100}
     folder = begin(live, tiny_folder, "long", **changes)
     live.wait_for("a train message at the worker", lambda: '"question", "what": "train"' in live.log("worker-1"))
@@ -30,13 +31,25 @@ def test_the_clientapp_holds_no_torch_and_a_run_is_stopped(live, tiny_folder):
     mapped = Path(f"/proc/{app}/maps").read_text()
     assert "libpython" in mapped or "python3" in mapped
     assert "libtorch" not in mapped
+    assert "corolla.client.superexec" in psutil.Process(app).cmdline()
     assert "libtorch" in Path(f"/proc/{live.running['worker-1'].pid}/maps").read_text()
     live.wait_for("a round", lambda: len(done_rounds(folder)) >= 1)
+    (forked_from,) = psutil.Process(live.running["app-1"].pid).children()
+    forked_from.kill()
+    live.wait_for("a ClientApp of its own", lambda: "gets an interpreter of its own" in live.log("app-1"))
+    done = len(done_rounds(folder))
+
+    def replied() -> bool:
+        return any("bytes_up" in line["clients"][client_name(0)] for line in done_rounds(folder)[done + 1 :])
+
+    live.wait_for("a round with it", replied)
     live.corolla("stop", "--federation=prod")
     live.wait_for("the run's end", lambda: live.status() == "finished:stopped")
     done = len(done_rounds(folder))
     assert done < 50
     assert folder.load().model.round == done
+    live.kill("app-1")
+    live.start("app-1")
 
 
 def test_a_robust_rule_gives_the_simulations_model(live, tiny_folder, tmp_path):
@@ -80,4 +93,5 @@ def test_bases_from_first_gradients_are_the_simulations(tiny_folder, tmp_path):
             live.start_client(k, {**as_simulated(k), f" rank={2**k}": " rank=4"})
         ours, theirs = both(live, tiny_folder, tmp_path, "sketched", **kind)
         assert ours.load().model.digest() == theirs.load().model.digest()
-        assert "from the first gradients of client-000, client-001" in live.log("serverapp")
+        sketches = done_rounds(ours)[0]["update"]["first_gradients"]
+        assert sketches["bytes_up"].keys() == {"client-000", "client-001"}

@@ -1,0 +1,78 @@
+"""ClientApps are forked from a process that has everything imported, and get one of their own where that is gone."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+
+from corolla.client.superexec import ForkingExecutor
+
+SPEC = ExecutionSpec(TaskType.CLIENT_APP, "node:9094", "secret", False, "/ca.crt", False, 1, False, 7)
+
+FORKS = """
+import os, sys, time
+from corolla.client.superexec import fork_for_each
+
+def run(order):
+    if order == "raise":
+        raise KeyError("of a message's own")
+    if order == "exit":
+        sys.exit(3)
+    os.write(1, f"{order} {os.getpid()} {os.getppid()}\\n".encode())
+
+fork_for_each(sys.stdin, run)
+os.write(1, f"parent {os.getpid()}\\n".encode())
+time.sleep(0.5)
+"""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands of what would have been started."""
+    commands = []
+    monkeypatch.setattr(subprocess, "Popen", lambda args, **_: commands.append(args))
+    return commands
+
+
+def test_a_client_app_is_ordered_and_gets_no_interpreter(started):
+    orders = io.StringIO()
+    assert ForkingExecutor(orders).launch(SPEC).status == LaunchResultStatus.ACCEPTED
+    (line,) = orders.getvalue().splitlines()
+    order = json.loads(line)
+    assert (order["token"], order["root_certificates_path"], order["parent_pid"]) == ("secret", "/ca.crt", 1)
+    assert not started
+
+
+def test_anything_else_is_flowers_own(started):
+    orders = io.StringIO()
+    ForkingExecutor(orders).launch(replace(SPEC, task_type=TaskType.SERVER_APP))
+    assert orders.getvalue() == ""
+    assert started[0][0] == "flwr-serverapp"
+
+
+def test_without_a_process_to_fork_from_each_message_gets_an_interpreter(started, caplog):
+    read, write = os.pipe()
+    executor = ForkingExecutor(os.fdopen(write, "w"))
+    os.close(read)
+    for _ in range(2):
+        assert executor.launch(SPEC).status == LaunchResultStatus.ACCEPTED
+    assert [command[0] for command in started] == ["flwr-clientapp"] * 2
+    assert "an interpreter of its own" in caplog.text
+
+
+@pytest.mark.process
+def test_every_message_has_a_process_and_none_takes_others_with_it():
+    lines = "".join(json.dumps(order) + "\n" for order in ("first", "raise", "exit", "second"))
+    done = subprocess.run([sys.executable, "-c", FORKS], input=lines, capture_output=True, text=True)
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert said.keys() == {"first", "second", "parent"}, done.stderr
+    (first, above), (second, also) = said["first"].split(), said["second"].split()
+    assert len({first, second, said["parent"]}) == 3
+    assert {above, also} == {said["parent"]}
+    assert "of a message's own" in done.stderr
