@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from corolla.client.afford import Limits
+from corolla.client.bundle import release
 from corolla.client.config import ClientSettings, node_name
 from corolla.client.data import DataError
 from corolla.client.local import Client
@@ -82,11 +83,13 @@ def hello(content: RecordDict, node: Node) -> RecordDict:
 def train(content: RecordDict, node: Node) -> RecordDict:
     """The adapter trained on the node's share; what memory allowed is remembered for the rounds to come.
 
-    Raises ValueError at a node that was told `secure=true`: it takes part in secure sums alone.
+    `content` is empty then. Raises ValueError at a node that was told `secure=true`: it takes part in sums alone.
     """
     if node.config.get("secure"):
         raise ValueError("this node takes part in secure sums alone, got an order for an adapter in the clear")
-    return _train(Assignment.unpack(content), node).pack()
+    reply = _train(Assignment.unpack(content), node)
+    release(content)  # the reply is as large
+    return reply.pack()
 
 
 def _train(assignment: Assignment, node: Node) -> Reply:

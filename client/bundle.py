@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 
 BUNDLE = "bundle"
 """The name of the one array."""
@@ -39,6 +39,16 @@ def bundle(parts: Iterable[tuple[str, Part]]) -> ArrayRecord:
     head += b" " * (-(8 + len(head)) % ALIGNED)
     data = b"".join([len(head).to_bytes(8, "little"), head, *(part.data for _, part in parts)])
     return ArrayRecord({BUNDLE: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
+
+
+def release(content: RecordDict) -> None:
+    """Empties the records of a message that is of no more use, for their bytes to go now.
+
+    Flower's RecordDict refers to itself, so that by itself it stays until the garbage collector comes by.
+    """
+    for record in content.array_records.values():
+        record.clear()
+    content.clear()
 
 
 def unbundle(record: ArrayRecord) -> dict[str, Part]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import grpc
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from corolla.client.bundle import release
 from corolla.client.frames import from_frames, to_frames
 
 SERVICE = "corolla.Worker"
@@ -31,7 +32,7 @@ class WorkerFailed(RuntimeError):
 
 
 def forward(name: str, content: RecordDict, context: Context, socket: str) -> RecordDict:
-    """The worker's reply; `context.state` becomes what the worker made of it.
+    """The worker's reply; `context.state` becomes what the worker made of it, and `content` is emptied once it is sent.
 
     Raises NoWorker where nothing listens, WorkerFailed with the worker's own reason where it failed or ended.
     """
@@ -53,9 +54,11 @@ def forward(name: str, content: RecordDict, context: Context, socket: str) -> Re
 
 def _request(content: RecordDict, context: Context) -> Iterator[bytes]:
     node = {NODE: ConfigRecord({"config": json.dumps(dict(context.node_config))})}
-    for records in (content, RecordDict({**dict(context.state.items()), **node})):
-        yield from to_frames(records)
-        yield b""
+    yield from to_frames(content)
+    yield b""
+    release(content)  # gigabytes, perhaps, and the reply is as large
+    yield from to_frames(RecordDict({**dict(context.state.items()), **node}))
+    yield b""
 
 
 def part(frames: Iterator[bytes]) -> Iterable[bytes]:

@@ -4,6 +4,7 @@ A protobuf message ends at 2 GiB and gRPC copies each whole; an adapter's arrays
 """
 
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -51,11 +52,11 @@ def from_frames(frames: Iterable[bytes]) -> RecordDict:
 
 
 def _gather(pieces: Iterator[bytes], size: int, key: str) -> bytes:
-    data = bytearray()
-    while len(data) < size:
+    data = BytesIO()  # whose value is no copy
+    while (got := data.tell()) < size:
         if not (piece := next(pieces, b"")):
-            raise ValueError(f"{key} must have {size} bytes, got {len(data)} before the stream ended")
-        data += piece
-    if len(data) > size:
-        raise ValueError(f"{key} must have {size} bytes, got {len(data)}")
-    return bytes(data)
+            raise ValueError(f"{key} must have {size} bytes, got {got} before the stream ended")
+        data.write(piece)
+    if got > size:
+        raise ValueError(f"{key} must have {size} bytes, got {got}")
+    return data.getvalue()

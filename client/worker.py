@@ -10,6 +10,7 @@ import os
 import stat
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,7 @@ from flwr.app import RecordDict
 from flwr.common.logger import log
 
 from corolla.client.answers import ANSWERS, Node
+from corolla.client.bundle import release
 from corolla.client.events import emit
 from corolla.client.forward import NODE, OPTIONS, SERVICE, part
 from corolla.client.frames import from_frames, to_frames
@@ -41,7 +43,8 @@ def serve(socket: Path) -> grpc.Server:
     Raises ValueError for a path that is too long, PermissionError for a folder that others can write to, and
     FileExistsError where another worker listens.
     """
-    if len(str(socket)) > LONGEST_PATH:
+    made = socket.with_name(f".{uuid.uuid4().hex[:8]}")  # gRPC takes this name away when it ends, some time later
+    if max(len(str(socket)), len(str(made))) > LONGEST_PATH:
         raise ValueError(f"a socket's path must have at most {LONGEST_PATH} bytes, got {socket}: use a shorter one")
     _prepare(socket)
     server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS, maximum_concurrent_rpcs=8)
@@ -49,8 +52,9 @@ def serve(socket: Path) -> grpc.Server:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     before = os.umask(0o177)
     try:
-        if not server.add_insecure_port(f"unix:{socket}"):
+        if not server.add_insecure_port(f"unix:{made}"):
             raise OSError(f"a worker needs the socket {socket}, got none")
+        made.rename(socket)
     finally:
         os.umask(before)
     server.start()
@@ -94,6 +98,8 @@ def _handler(name: str) -> Any:
         for records in (reply, state):
             yield from to_frames(records)
             yield b""
+        for records in (content, reply, state):
+            release(records)
 
     return handle
 

@@ -86,11 +86,13 @@ def test_a_request_goes_to_the_worker_and_its_state_comes_back(socket, answers):
     server = worker.serve(socket)
     try:
         records, context = content([2**20, 3]), node()
+        adapter = records["adapter"].copy()
         reply = forward("train", records, context, str(socket))
-        assert same(RecordDict({"adapter": reply["adapter"]}), RecordDict({"adapter": records["adapter"]}))
+        assert same(RecordDict({"adapter": reply["adapter"]}), RecordDict({"adapter": adapter}))
+        assert not records  # what was sent is the worker's, and held there alone
         assert context.state.config_records["seen"] == {"rank": 4}
         assert list(context.state) == ["seen"]
-        forward("train", records, context, str(socket))
+        forward("train", reply, context, str(socket))
         assert list(context.state) == ["seen"]
     finally:
         server.stop(0).wait()
