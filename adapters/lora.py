@@ -74,11 +74,12 @@ def read_adapter(model: PeftModel, name: str = LOCAL) -> dict[str, LowRankDelta]
     for the matrix (out, in · k…). Raises ValueError, naming it, for whatever is not plain additive LoRA.
     """
     _require_known(model, name)
-    state = {}
-    for module, layer in _layers(model, name).items():
-        a, b = (factor.detach().to("cpu", torch.float32) for factor in _matrices(layer, name))
-        state[module] = LowRankDelta(a.clone(), (b.double() * layer.scaling[name]).float())
-    return state
+    return {module: _read(layer, name) for module, layer in _layers(model, name).items()}
+
+
+def _read(layer: LoraLayer, name: str) -> LowRankDelta:
+    a, b = (factor.detach().to("cpu", torch.float32) for factor in _matrices(layer, name))
+    return LowRankDelta(a.clone(), (b.double() * layer.scaling[name]).float())
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def write_adapter(model: PeftModel, adapter: LowRankState, name: str = LOCAL) ->
         a, b = _factors(layer, name)
         a.copy_(adapter[module].A.reshape(a.shape))
         b.copy_((adapter[module].B.double() / layer.scaling[name]).reshape(b.shape))
-    _require_same(adapter, read_adapter(model, name), layers, name)
+    _require_same(adapter, layers, name)
 
 
 def _require_fit(layers: Mapping[str, LoraLayer], adapter: LowRankState, name: str) -> None:
@@ -110,12 +111,13 @@ def _require_fit(layers: Mapping[str, LoraLayer], adapter: LowRankState, name: s
             raise ValueError(f"{module} of adapter {name!r} needs A and B of shapes {wanted}, got {got}")
 
 
-def _require_same(sent: LowRankState, loaded: LowRankState, layers: Mapping[str, LoraLayer], name: str) -> None:
+def _require_same(sent: LowRankState, layers: Mapping[str, LoraLayer], name: str) -> None:
     """Entry by entry, to the rounding of the layer's own precision."""
     for module, layer in layers.items():
         rounding = 4 * torch.finfo(_factors(layer, name)[0].dtype).eps
+        loaded = _read(layer, name)
         for factor in "AB":
-            wanted, got = getattr(sent[module], factor), getattr(loaded[module], factor)
+            wanted, got = getattr(sent[module], factor), getattr(loaded, factor)
             if not torch.allclose(got, wanted, rtol=rounding, atol=0.0):
                 error = float((got - wanted).abs().max())
                 raise RuntimeError(

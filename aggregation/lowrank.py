@@ -55,11 +55,13 @@ def scale(delta: LowRankDelta, factor: float) -> LowRankDelta:
 
 
 def add(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
-    """Σ ΔW_i by concatenation, rank Σ r_i, in the given order; no rounding at all.
+    """Σ ΔW_i by concatenation, rank Σ r_i, in the given order; no rounding at all. One alone is not copied.
 
     Raises ValueError for no delta, or for deltas of different (out, in).
     """
     require_one_shape(deltas)
+    if len(deltas) == 1:
+        return LowRankDelta(deltas[0].A.contiguous(), deltas[0].B.contiguous())
     return LowRankDelta(torch.cat([d.A for d in deltas]), torch.cat([d.B for d in deltas], dim=1))
 
 

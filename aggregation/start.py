@@ -45,9 +45,11 @@ def fill(start: LowRankDelta, rank: int, module: str, fresh: FreshRows) -> LowRa
     if start.rank > rank:
         raise ValueError(f"start of {module} must have at most {rank} components, got {start.rank}: take first({rank})")
     out_features, in_features = start.shape
-    wide = add([start, zeros(out_features, in_features, rank - start.rank)])
-    rows = fresh.rows(module, 0, rank, in_features)
+    wide = add([start, zeros(out_features, in_features, rank - start.rank)] if start.rank < rank else [start])
     dead = (wide.A == 0).all(dim=1) & (wide.B == 0).all(dim=0)
+    if not dead.any():
+        return wide
+    rows = fresh.rows(module, 0, rank, in_features)
     return LowRankDelta(torch.where(dead[:, None], rows, wide.A), wide.B)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.deployment requests|soak|large|large-in-memory [GB]
 
 The processes are those of tests/deploy, the commands of docker/compose.yml on loopback. `requests` takes about three
-minutes on two cores, `soak` half an hour. `large` sends an adapter of so many
-gigabytes (0.5) there and back twice, with the SuperLink's database on or off; it takes thirty times that in memory.
+minutes on two cores, `soak` half an hour. `large` sends an adapter of so many gigabytes (0.5) there and back twice,
+with the SuperLink's database on or off; all processes together take some twenty times that in memory.
 """
 
 import re
@@ -182,11 +182,14 @@ def large(gigabytes: float = 0.5, database: bool = True) -> None:
             folder = begin(live, model, "large", **{"run.keep_replies": False,
                 "run.rounds": 2, "clients.count": 1, "clients.ranks": [rank],
                 "run.evaluate": "never", "train.local_steps": 1, "train.optimizer": "sgd", "run.deadline": 1500,
+                "run.largest_message": 2 * gigabytes,
                 "adapter.target_modules": ["q_proj", "o_proj"], "adapter.scaling": 0.01,
                 "aggregation.method": "fedit"})  # fmt: skip
 
-            def over() -> bool:  # of the run's own files: every question to the SuperLink would slow it down
-                return len(done_rounds(folder)) == 2 or "Traceback" in live.log("serverapp")
+            live.wait_for("the ServerApp", lambda: live.children("serverapp", "flwr-serverapp"))
+
+            def over() -> bool:  # by the run's own files: every question to the SuperLink would slow it down
+                return len(done_rounds(folder)) == 2 or not live.children("serverapp", "flwr-serverapp")
 
             live.wait_for("two rounds", over, 2400)
             peaks.stop()
@@ -220,8 +223,8 @@ class Peaks:
                     own = psutil.Process(process.pid)
                     self._note(service, own)
                     for child in own.children(recursive=True):
-                        apps = [word for word in child.cmdline()[:2] if "flwr-" in word]
-                        self._note(Path(apps[0]).name if apps else service, child)
+                        name = child.name()
+                        self._note(name if name.startswith("flwr-") else service, child)
                 except (psutil.Error, OSError):
                     continue
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from corolla import simulate
 from corolla.adapters import HOSTED, KINDS, LORA
+from corolla.client.process import pass_over_libraries
 from corolla.server.config import Config
 from corolla.server.folder import RunFolder
 from corolla.simulations.suite.cells import measure, traffic
@@ -71,10 +72,19 @@ def run_kind(kind: str, more: tuple[str, ...]) -> str:
     proof = max(line["update"]["certificate"]["relative_error"] for line in rounds)
     cells = (
         f"{found['held_out_loss']:.3f}", f"{100 * found['exact_match']:.1f}", f"{found['bytes_up'] / 1024:.1f}",
-        f"{found['bytes_down'] / 1024:.1f}", f"{statistics.fmean(line['seconds'] for line in rounds):.1f}",
-        f"{proof:.0e}", shown, f"{rate:g}",
+        f"{found['bytes_down'] / 1024:.1f}", f"{proof:.0e}", shown, f"{rate:g}", f"{time_round(kind, rate, more):.1f}",
     )  # fmt: skip
     return f"| {kind} | {' | '.join(cells)} |"
+
+
+def time_round(kind: str, rate: float, more: tuple[str, ...]) -> float:
+    """Seconds of the second and the third round of a run of its own, without the noise report; kept, as the rest is."""
+    known = OUT / "seconds" / f"{kind}.json"
+    if not known.is_file():
+        run = simulate(settings(kind, OUT / "seconds" / kind, rate, "run.rounds=3", *more), overwrite=True)
+        seconds = [line["seconds"] for line in run.metrics if line["kind"] == "round"]
+        known.write_text(json.dumps(statistics.fmean(seconds[1:])))
+    return float(json.loads(known.read_text()))
 
 
 def main() -> None:
@@ -83,7 +93,8 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", default=(LORA, *HOSTED, *KINDS))
     parser.add_argument("--set", action="append", default=[], dest="more", metavar="section.name=value")
     chosen = parser.parse_args()
-    print("| kind | held-out loss | exact match % | up KiB | down KiB | s a round | certificate | averaging % | rate |")
+    pass_over_libraries()
+    print("| kind | held-out loss | exact match % | up KiB | down KiB | certificate | averaging % | rate | s a round |")
     print("| --- |" + " ---: |" * 8)
     for kind in chosen.kinds:
         print(run_kind(kind, tuple(chosen.more)), flush=True)

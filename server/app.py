@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.client.events import emit, use_json_logs
-from corolla.client.process import use_threads
+from corolla.client.process import MESSAGES, keep_freed_memory_low, use_threads
 from corolla.server.config import Config
 from corolla.server.folder import CONFIG, RunFolder
 from corolla.server.metrics import serve_metrics
@@ -23,6 +23,7 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the configuration; a folder that `corolla simulate` has prepared is gone on with."""
     config = Config.from_flat(context.run_config)
     use_threads(config.run.threads)
+    keep_freed_memory_low(MESSAGES)
     if prepared := os.environ.get("COROLLA_RUN_FOLDER"):
         run_server(grid, config, RunFolder.open(Path(prepared)))
         return

@@ -9,6 +9,7 @@ from flwr.common.logger import log
 
 from corolla.aggregation import ClientShare, FreshRows, LowRankState, Slots, fill_adapter, only, without
 from corolla.client.attach import may_drop
+from corolla.client.bundle import release
 from corolla.client.protocol import Assignment, Order, Reply, adapter_bytes, arrays_of
 from corolla.server.fleet import Fleet
 from corolla.server.validation import Rejected, check_arrays, check_numbers, check_receipt, reason_of
@@ -77,6 +78,9 @@ class OpenRound:
                     30, "round %d: reply of %s is quarantined: %s", self.number, who, why,
                     extra={"round": self.number, "client": who},
                 )  # fmt: skip
+            finally:
+                if message.has_content():
+                    release(message.content)
         for client in self.orders.keys() - accepted.keys() - quarantined.keys():
             quarantined[client] = f"no reply within {deadline:g} s"
         return {client: accepted[client] for client in sorted(accepted)}, dict(sorted(quarantined.items()))

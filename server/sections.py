@@ -162,7 +162,7 @@ class RunConfig(Section):
     min_replies: int = Field(1, ge=1, description="fewer accepted replies fail the round, not the run")
     deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
     largest_message: float = Field(
-        0.5, gt=0, description="GiB of one client's download or reply; beyond it a client is left out, with the reason"
+        1.4, gt=0, description="GiB of one client's download or reply; beyond it a client is left out, with the reason"
     )
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
     alone: bool = Field(False, description="in a simulation, train every client alone as well, and compare")

@@ -5,7 +5,7 @@ It needs no configuration of ours and no command line: `examples/own_app.py` use
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -115,7 +115,7 @@ class FederatedLoRA(Strategy):
         clients: int = 1,
         min_replies: int = 1,
         deadline: float = 3600.0,
-        largest_message: float = 0.5,
+        largest_message: float = 1.4,
         budget: Budget | Squeeze = Budget(),
         download: Budget = Budget(max_error=1e-3),
         evaluate: str = "ends",
@@ -267,8 +267,8 @@ class FederatedLoRA(Strategy):
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """A message to each client of the round with its share of the global model."""
+    ) -> Iterable[Message]:
+        """A message to each client of the round with its share of the global model, made when it is asked for."""
         self._began = time.perf_counter()
         round_number = self.rounds_done + 1
         self._meet(grid, self.wanted if self.model is None else self.min_replies)
@@ -280,16 +280,20 @@ class FederatedLoRA(Strategy):
         shapes = {client: self.fleet.clients[client].shapes for client in chosen}
         slots = Slots(shapes, ranks) if rule.trains <= set("AB") else None
         self._round = OpenRound(round_number, self.fleet, slots, self.drops)
-        messages = []
+        return self._training_messages(reduced, chosen, rule, version)
+
+    def _training_messages(
+        self, reduced: GlobalModel, chosen: Iterable[str], rule: ClientRule, version: str
+    ) -> Iterator[Message]:
+        round_number, ranks = self._round.number, self._ranks()
         for client in chosen:
-            part = share(reduced, rule, ranks[client], shapes[client])
+            part = share(reduced, rule, ranks[client], self.fleet.clients[client].shapes)
             if reason := too_large(self.fleet.clients[client], ranks[client], rule, part, self.largest_message):
                 self._round.leave_out(client, reason)
                 continue
             order = self._order(round_number, ranks[client], rule, version, part)
             self._round.ask(client, order, part)
-            messages.append(self._message(Assignment(order, part.frozen, part.start), client, MessageType.TRAIN))
-        return messages
+            yield self._message(Assignment(order, part.frozen, part.start), client, MessageType.TRAIN)
 
     def _order(self, round_number: int, rank: int, rule: ClientRule, version: str, part: ClientShare) -> Order:
         return Order(
@@ -428,18 +432,19 @@ class FederatedLoRA(Strategy):
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Iterable[Message]:
         """The whole global model to every client after the last round, or after each where that is asked for."""
         return self._evaluation_messages() if self._due() else []
 
-    def _evaluation_messages(self) -> list[Message]:
+    def _evaluation_messages(self) -> Iterator[Message]:
         model = self._model()
         self._evaluation = OpenEvaluation(self.fleet.clients)
         reduced, _ = cut(model, self.download)
         part = ClientShare(whole(reduced), {}, 0.0)
         order = self._order(self.rounds_done, 1, ClientRule(trains=frozenset()), model.digest(), part)
         assignment = Assignment(order, part.frozen, {})
-        return [self._message(assignment, client, MessageType.EVALUATE) for client in self.fleet.clients]
+        for client in self.fleet.clients:
+            yield self._message(assignment, client, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean metrics, by held-out examples, of the clients that answered."""

@@ -10,7 +10,10 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
+
+from corolla.client.bundle import release
 
 POLL = 1.0
 """Seconds between two looks for replies: a round takes minutes."""
@@ -42,16 +45,15 @@ class Stream:
         return getattr(self._grid, name)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Replies as they arrive, until all are there or `timeout` seconds are over; each is asked for by itself.
+        """Pushes all messages; replies as they arrive, until all are there or `timeout` seconds are over.
 
-        A reply belongs to the message that it was pulled for: what its sender wrote into it says nothing about that.
+        Each is asked for by itself. A reply belongs to the message that it was pulled for: what its sender wrote into
+        it says nothing about that.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
-        messages = list(messages)
-        ids = list(self._grid.push_messages(messages))
-        asked = [remove_content_from_message(message) for message in messages]
-        waiting = {message_id: message for message_id, message in zip(ids, asked, strict=True) if message_id}
-        del messages
+        return self._replies(dict(self._push(messages)), until, timeout)
+
+    def _replies(self, waiting: dict[str, Message], until: float, timeout: float | None) -> Iterator[Message]:
         while waiting:
             answered = set()
             for message_id, message in waiting.items():
@@ -64,6 +66,15 @@ class Stream:
             waiting = {message_id: message for message_id, message in waiting.items() if message_id not in answered}
             if waiting and not answered:
                 time.sleep(POLL)
+
+    def _push(self, messages: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """Pushes one after another, for a server to hold one at a time: the ids, and what is left of the messages."""
+        for message in messages:
+            ids = list(self._grid.push_messages([message]))
+            asked = remove_content_from_message(message)
+            yield from ((message_id, asked) for message_id in ids if message_id)
+            if isinstance(self._grid, HttpGrid) and message.has_content():
+                release(message.content)  # it was sent; grids within a process hand out the message itself
 
     def _pull(self, message_id: str, message: Message) -> Iterator[Message]:
         try:

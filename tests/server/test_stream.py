@@ -2,8 +2,9 @@
 
 import httpx
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
 from corolla.server import stream
@@ -26,7 +27,7 @@ class SlowGrid:
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(message.metadata.dst_node_id)
             self.pushed[message.metadata.message_id] = message
-        return list(self.pushed)
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, ids):
         (message_id,) = ids
@@ -65,9 +66,41 @@ def test_after_the_deadline_nobody_is_waited_for(monkeypatch):
     assert nodes(Stream(grid).send_and_receive(messages(1, 2), timeout=0.05)) == [1]
 
 
+class Sending(HttpGrid):
+    """A grid to elsewhere: what it is given is sent, and of no more use."""
+
+    def __init__(self, grid):
+        self.grid = grid
+
+    def push_messages(self, messages):
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, ids):
+        return self.grid.pull_messages(ids)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_what_was_sent_is_let_go_before_the_next_message_is_made(sends):
+    made = []
+
+    def one_by_one():
+        for node in (1, 2):
+            assert not (sends and made and made[-1].content)
+            content = RecordDict({"frozen": ArrayRecord({"x": Array("uint8", (1,), "x", b"1")})})
+            made.append(Message(content, node, "train", group_id=f"1:{node}"))
+            yield made[-1]
+
+    grid = SlowGrid({1: 1, 2: 1})
+    assert nodes(Stream(Sending(grid) if sends else grid).send_and_receive(one_by_one())) == [1, 2]
+    assert [bool(message.content) for message in made] == [not sends] * 2
+
+
 def test_a_message_that_could_not_be_pushed_is_not_waited_for():
     grid = SlowGrid({1: 1})
-    grid.push_messages, push = lambda sent: [*push(sent[:1]), None], grid.push_messages
+    grid.push_messages, push = (
+        lambda sent: push(sent) if sent[0].metadata.dst_node_id == 1 else [None],
+        grid.push_messages,
+    )
     assert nodes(Stream(grid).send_and_receive(messages(1, 2))) == [1]
 
 
