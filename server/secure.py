@@ -202,7 +202,7 @@ class SecureSums:
         seconds = self.settings.deadline
         messages = [
             Message(
-                RecordDict({**records}),
+                RecordDict({name: record.copy() for name, record in records.items()}),
                 dst_node_id=self.fleet.node(client),
                 message_type=kind,
                 group_id=f"{self.number}:{client}",

@@ -68,7 +68,10 @@ class Stream:
                 time.sleep(POLL)
 
     def _push(self, messages: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """Pushes one after another, for a server to hold one at a time: the ids, and what is left of the messages."""
+        """Pushes one after another, for a server to hold one at a time: the ids, and what is left of the messages.
+
+        What was sent elsewhere is emptied, so no two messages may share a record.
+        """
         for message in messages:
             ids = list(self._grid.push_messages([message]))
             asked = remove_content_from_message(message)

@@ -18,6 +18,7 @@ from corolla.server.secure_strategy import SecureFederatedLoRA
 from corolla.server.strategy import FederatedLoRA, Sampling
 from corolla.server.validation import LONGEST_REASON
 from tests.aggregation.federations import dense, difference
+from tests.server.remote import Remote
 from tests.server.secure_clients import RANKS, SHAPES, SecureFederation, crash
 
 HEADS = {"head": (3, 17)}
@@ -31,6 +32,16 @@ def run(federation, rounds=1, **options):
     )
     strategy.run(federation.grid, rounds)
     return strategy, records
+
+
+def test_a_grid_to_elsewhere_makes_no_difference():
+    """What was sent is let go there, and the next client's message is whole all the same."""
+    here, there = SecureFederation(heads=HEADS), SecureFederation(heads=HEADS)
+    there.grid = Remote(there.grid)
+    (one, [(record, _, _)]), (other, [(same, _, _)]) = run(here), run(there)
+    assert record.successful
+    assert not same.quarantined
+    assert one.model.digest() == other.model.digest()
 
 
 def mean_change(federation, round_number, clients, module):

@@ -22,6 +22,7 @@ from corolla.server.strategy import FederatedLoRA, Sampling
 from corolla.server.validation import Rejected, check_numbers
 from tests.aggregation.federations import dense, difference, principal
 from tests.server.clients import SHAPES, fake_grid, nan, with_factor
+from tests.server.remote import Remote
 
 RANKS = {"ann": 4, "bob": 3, "cleo": 2, "dan": 5}
 
@@ -79,6 +80,15 @@ def test_a_bad_reply_is_quarantined_with_its_reason_and_the_round_goes_on(fault)
         assert sum(c.get("weight", 0) for c in record.clients.values()) == pytest.approx(1)
     assert strategy.model.merged.keys() == good.model.merged.keys()
     assert difference(dense(whole(strategy.model), SHAPES), dense(whole(good.model), SHAPES)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["flora", "fedit"])
+def test_a_grid_to_elsewhere_makes_no_difference(method):
+    ranks = dict.fromkeys(RANKS, 3)
+    here, _ = run(fake_grid(ranks), method=method, evaluate="each")
+    there, records = run(Remote(fake_grid(ranks)), method=method, evaluate="each")
+    assert not any(record.quarantined for record, _, _ in records)
+    assert here.model.digest() == there.model.digest()
 
 
 def test_a_client_with_another_base_is_refused_by_name_and_the_run_goes_on():

@@ -4,12 +4,12 @@ import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
 from corolla.server import stream
 from corolla.server.stream import Stream
 from tests.server.clients import fake_grid
+from tests.server.remote import Remote
 
 
 class SlowGrid:
@@ -66,19 +66,6 @@ def test_after_the_deadline_nobody_is_waited_for(monkeypatch):
     assert nodes(Stream(grid).send_and_receive(messages(1, 2), timeout=0.05)) == [1]
 
 
-class Sending(HttpGrid):
-    """A grid to elsewhere: what it is given is sent, and of no more use."""
-
-    def __init__(self, grid):
-        self.grid = grid
-
-    def push_messages(self, messages):
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, ids):
-        return self.grid.pull_messages(ids)
-
-
 @pytest.mark.parametrize("sends", [True, False])
 def test_what_was_sent_is_let_go_before_the_next_message_is_made(sends):
     made = []
@@ -91,7 +78,7 @@ def test_what_was_sent_is_let_go_before_the_next_message_is_made(sends):
             yield made[-1]
 
     grid = SlowGrid({1: 1, 2: 1})
-    assert nodes(Stream(Sending(grid) if sends else grid).send_and_receive(one_by_one())) == [1, 2]
+    assert nodes(Stream(Remote(grid) if sends else grid).send_and_receive(one_by_one())) == [1, 2]
     assert [bool(message.content) for message in made] == [not sends] * 2
 
 
