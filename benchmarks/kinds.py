@@ -9,6 +9,7 @@ differ in it by an order of magnitude. A run that is in runs/kinds already is re
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from corolla.server.folder import RunFolder
 from corolla.simulations.suite.cells import measure, traffic
 
 OUT = Path("runs/kinds")
-RATES = (2e-3, 1e-2, 5e-2)
+RATES = (4e-4, 2e-3, 1e-2, 5e-2, 0.25, 1.25)
 COMMON = (
     "data.template='plain'", "data.max_new_tokens=11", "data.tasks_held_out=6", "data.probe=2", "clients.count=4",
     "clients.ranks=[16]", r"adapter.target_modules='.*layers\.2[2-9]\.self_attn\.(q_proj|v_proj)'",
@@ -40,19 +41,19 @@ def settings(kind: str, out: Path, rate: float, *more: str) -> Config:
 def find_rate(kind: str) -> float:
     """The rate whose clients' loss after one round is the lowest, kept in runs/kinds."""
     known = OUT / "rates" / f"{kind}.json"
-    if known.is_file():
-        return float(json.loads(known.read_text())["best"])
-    losses = {}
-    for rate in RATES:
+    kept = json.loads(known.read_text()) if known.is_file() else {}
+    losses = {float(rate): loss for rate, loss in kept.items()}
+    for rate in sorted(set(RATES) - set(losses)):
         config = settings(kind, OUT / "rates" / f"{kind}-{rate:g}", rate, "run.rounds=1", "run.seed=1", "run.threads=1")
         try:
             clients = simulate(config, overwrite=True).metrics[-1]["clients"].values()
             losses[rate] = statistics.fmean(client["loss_after"] for client in clients)
         except (RuntimeError, KeyError) as error:  # too large a rate ends in a loss that is no number
             print(f"{kind} at {rate:g}: {error}", file=sys.stderr)
-    best = min(losses, key=lambda rate: losses[rate])
-    known.write_text(json.dumps({"best": best, "losses": losses}))
-    return best
+            losses[rate] = math.inf
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(losses))
+    return min(losses, key=lambda rate: losses[rate])
 
 
 def run_kind(kind: str, more: tuple[str, ...]) -> str:
@@ -83,6 +84,7 @@ def time_round(kind: str, rate: float, more: tuple[str, ...]) -> float:
     if not known.is_file():
         run = simulate(settings(kind, OUT / "seconds" / kind, rate, "run.rounds=3", *more), overwrite=True)
         seconds = [line["seconds"] for line in run.metrics if line["kind"] == "round"]
+        known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(statistics.fmean(seconds[1:])))
     return float(json.loads(known.read_text()))
 
