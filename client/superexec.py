@@ -3,8 +3,8 @@
     python -m corolla.client.superexec …      # takes the arguments of flower-superexec
 
 flower-superexec starts an interpreter for every message, and most of a short request is then its imports. Here a
-process that has them all waits, without threads and connections, and forks for each message: what a message leaves
-behind in its process goes with it, as with Flower's own. Where it is gone, messages get an interpreter of their own.
+process that has them all waits, without connections, and forks for each message: what a message leaves behind in its
+process goes with it, as with Flower's own. Where it is gone, messages get an interpreter of their own.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,16 +21,19 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from flwr.common.logger import log
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import ExecutorType, TaskType
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
+from flwr.supercore.utils import disable_process_dumping
 
 from corolla.client.process import MESSAGES, keep_freed_memory_low
 
 CLIENT_APP = "flwr-clientapp"
 """What Flower calls the program, and these processes are called."""
 
-PR_SET_NAME = 15
+PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
+
+RETRY_SECONDS = 1.0
 
 
 class ForkingExecutor(SubprocessExecutor):
@@ -56,8 +60,18 @@ def fork_for_each(orders: Iterable[str], run: Any) -> None:
     """A child for every line, in which `run` is called with what it says; returns where there are no more."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in orders:
-        if os.fork() == 0:
+        if _fork() == 0:
             os._exit(_call(run, json.loads(line)))
+
+
+def _fork() -> int:
+    """As os.fork, but that it waits where the system has no process or memory left."""
+    while True:
+        try:
+            return os.fork()
+        except OSError as error:
+            log(40, "a process for a message cannot be made now: %s", error)
+            time.sleep(RETRY_SECONDS)
 
 
 def _call(run: Any, order: dict[str, Any]) -> int:
@@ -83,7 +97,9 @@ def run_client_app(order: dict[str, Any]) -> None:
 
     sys.argv = [CLIENT_APP]
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_NAME, CLIENT_APP.encode())
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_NAME, CLIENT_APP.encode())
+        libc.prctl(PR_SET_DUMPABLE, 1)  # as Flower's own is
     if order["suppress_output"]:
         silence = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
@@ -102,6 +118,7 @@ def _wait_and_fork(read: int) -> None:
     """The process that ClientApps are forked from, until SuperExec is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SuperExec's to answer; its end closes the pipe
         signal.signal(number, signal.SIG_IGN)
+    disable_process_dumping(strict=False)  # a message's code is of the same user, and tokens pass through here
     keep_freed_memory_low(MESSAGES)
     for name in ("flwr.supernode.runtime.run_clientapp", "corolla.client.app", "grpc"):
         importlib.import_module(name)
@@ -128,7 +145,12 @@ def main() -> None:
     from flwr.supercore.superexec import run_superexec
 
     orders = os.fdopen(write, "w")
-    setattr(run_superexec, "get_executor", lambda *_, **__: ForkingExecutor(orders))  # noqa: B010
+    flowers = run_superexec.get_executor
+
+    def get_executor(kind: ExecutorType, *args: Any, **options: Any) -> Any:
+        return ForkingExecutor(orders) if kind == ExecutorType.SUBPROCESS else flowers(kind, *args, **options)
+
+    setattr(run_superexec, "get_executor", get_executor)  # noqa: B010
     flower_superexec()
 
 

@@ -11,7 +11,7 @@ import stat
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -37,8 +37,10 @@ LONGEST_REASON = 600
 """Characters of an error, up to 12 bytes each: gRPC carries it among headers, and drops the answer beyond 8 KB."""
 
 
-def serve(socket: Path) -> grpc.Server:
+def serve(socket: Path, first: Callable[[], object] = bool) -> grpc.Server:
     """A started server on `socket`; `stop` ends it. The socket and its folder are closed to other users.
+
+    `first` is called before any request is answered; those that come meanwhile wait.
 
     Raises ValueError for a path that is too long, PermissionError for a folder that others can write to, and
     FileExistsError where another worker listens.
@@ -47,7 +49,9 @@ def serve(socket: Path) -> grpc.Server:
     if max(len(str(socket)), len(str(made))) > LONGEST_PATH:
         raise ValueError(f"a socket's path must have at most {LONGEST_PATH} bytes, got {socket}: use a shorter one")
     _prepare(socket)
-    server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS, maximum_concurrent_rpcs=8)
+    one_by_one = ThreadPoolExecutor(1)
+    one_by_one.submit(first)
+    server = grpc.server(one_by_one, options=OPTIONS, maximum_concurrent_rpcs=8)
     handlers = {name: grpc.stream_stream_rpc_method_handler(_handler(name)) for name in ANSWERS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     before = os.umask(0o177)

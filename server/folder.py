@@ -47,21 +47,25 @@ class RunFolder:
         Raises FileExistsError where a run is there already, unless `overwrite` takes it away, and RuntimeError where
         that one is at work.
         """
-        if (path / CONFIG).exists():
-            if not overwrite:
-                raise FileExistsError(
-                    f"run.out must be a new folder, got {path} with a run in it: use --resume or --overwrite"
-                )
-            with cls(path).alone():
-                for old in ("checkpoints", "adapter", "replies", "trackers", "clients"):
-                    shutil.rmtree(path / old, ignore_errors=True)
-                for name in (METRICS, RUN, CONFIG, "best.json"):
-                    (path / name).unlink(missing_ok=True)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.write_json(RUN, facts)
-        folder.write_config(config)
+        folder._require_free(overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        with folder.alone():
+            folder._require_free(overwrite)
+            for old in ("checkpoints", "adapter", "replies", "trackers", "clients"):
+                shutil.rmtree(path / old, ignore_errors=True)
+            for name in (METRICS, RUN, CONFIG, "best.json"):
+                (path / name).unlink(missing_ok=True)
+            (path / "checkpoints").mkdir()
+            folder.write_json(RUN, facts)
+            folder.write_config(config)
         return folder
+
+    def _require_free(self, overwrite: bool) -> None:
+        if (self.path / CONFIG).exists() and not overwrite:
+            raise FileExistsError(
+                f"run.out must be a new folder, got {self.path} with a run in it: use --resume or --overwrite"
+            )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

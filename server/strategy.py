@@ -170,6 +170,10 @@ class FederatedLoRA(Strategy):
         left = rounds - self.rounds_done
         return self.start(grid, NO_ARRAYS, left, self.deadline) if left > 0 else Result()
 
+    def start(self, grid: Grid, *args: Any, **options: Any) -> Result:
+        """Flower's own loop, on a grid that takes messages as they are made, and gives replies as they come."""
+        return super().start(cast(Grid, grid if isinstance(grid, Stream) else Stream(grid)), *args, **options)
+
     def _due(self) -> bool:
         """Whether the model after `rounds_done` rounds is to be evaluated."""
         return self.evaluate == "each" or (self.evaluate == "ends" and self.rounds_done in (0, self._last_round))

@@ -3,8 +3,8 @@
     python -m corolla.server.superlink …      # takes the arguments of flower-superlink
 
 Debian, and images made of it, build SQLite to overwrite with zeros what it deletes. A message is deleted in one go, and
-while a large one is being overwritten other requests wait longer than the 5 s that Flower allows them. What is deleted
-stays in the file's free pages until something else takes them, as adapters stay in the runs' checkpoints.
+while a large one is being overwritten other requests wait longer than the 5 s that Flower allows them. So what is
+deleted, single clients' adapters among it, stays in the file's free pages until something else takes them.
 """
 
 from typing import Any

@@ -178,8 +178,7 @@ def worker(
         from corolla.client.worker import stop as stop_worker
 
         use_json_logs()
-        server = serve(socket)
-        pass_over_libraries()
+        server = serve(socket, first=pass_over_libraries)
         console.print(f"worker listens on {socket}", highlight=False)
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

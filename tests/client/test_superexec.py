@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 
+from corolla.client import superexec
 from corolla.client.superexec import ForkingExecutor
 
 SPEC = ExecutionSpec(TaskType.CLIENT_APP, "node:9094", "secret", False, "/ca.crt", False, 1, False, 7)
@@ -64,6 +66,22 @@ def test_without_a_process_to_fork_from_each_message_gets_an_interpreter(started
         assert executor.launch(SPEC).status == LaunchResultStatus.ACCEPTED
     assert [command[0] for command in started] == ["flwr-clientapp"] * 2
     assert "an interpreter of its own" in caplog.text
+
+
+def test_where_no_process_can_be_made_the_next_try_waits(monkeypatch, caplog):
+    found = iter([BlockingIOError(11, "Resource temporarily unavailable"), 4711])
+
+    def fork():
+        if isinstance(answer := next(found), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(superexec, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    superexec.fork_for_each(['"one"'], None)
+    assert next(found, None) is None
+    assert "a process for a message cannot be made now" in caplog.text
 
 
 @pytest.mark.process

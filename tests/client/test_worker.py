@@ -205,6 +205,16 @@ def test_requests_wait_for_each_other(socket, answers):
         server.stop(0).wait()
 
 
+def test_a_request_waits_for_what_comes_first(socket, answers):
+    done = []
+    server = worker.serve(socket, first=lambda: (time.sleep(0.3), done.append("first")))
+    try:
+        forward("train", content([1]), node(), str(socket))
+        assert done == ["first"]
+    finally:
+        server.stop(0).wait()
+
+
 def test_without_a_worker_nothing_is_asked(socket):
     with pytest.raises(NoWorker, match="a worker was needed"):
         forward("train", content([1]), node(), str(socket))

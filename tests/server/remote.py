@@ -18,6 +18,8 @@ class Remote(HttpGrid):
         return self.grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:  # twice, as Flower's does
+            assert message.has_content()
         return self.grid.push_messages([self._copy(message) for message in messages])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -18,7 +18,7 @@ from corolla.aggregation import (
     whole,
 )
 from corolla.client.protocol import Reply
-from corolla.server.strategy import FederatedLoRA, Sampling
+from corolla.server.strategy import NO_ARRAYS, FederatedLoRA, Sampling
 from corolla.server.validation import Rejected, check_numbers
 from tests.aggregation.federations import dense, difference, principal
 from tests.server.clients import SHAPES, fake_grid, nan, with_factor
@@ -80,6 +80,14 @@ def test_a_bad_reply_is_quarantined_with_its_reason_and_the_round_goes_on(fault)
         assert sum(c.get("weight", 0) for c in record.clients.values()) == pytest.approx(1)
     assert strategy.model.merged.keys() == good.model.merged.keys()
     assert difference(dense(whole(strategy.model), SHAPES), dense(whole(good.model), SHAPES)) < 1e-6
+
+
+def test_flowers_own_start_is_given_any_grid():
+    """Flower's grid goes through messages twice, and ours are made as they are asked for."""
+    strategy, _ = run(fake_grid(RANKS), rounds=1)
+    other = FederatedLoRA(clients=4, evaluate="never")
+    other.start(Remote(fake_grid(RANKS)), NO_ARRAYS, 1)
+    assert other.model.digest() == strategy.model.digest()
 
 
 @pytest.mark.parametrize("method", ["flora", "fedit"])
