@@ -77,7 +77,8 @@ def _fork() -> int:
 def _call(run: Any, order: dict[str, Any]) -> int:
     """The exit code of `run`."""
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         run(order)
         return 0
     except SystemExit as ended:
@@ -124,9 +125,7 @@ def _wait_and_fork(read: int) -> None:
         importlib.import_module(name)
 
     def run(order: dict[str, Any]) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        orders.close()
+        orders.close()  # or SuperExec would not see that the waiting process is gone
         run_client_app(order)
 
     with os.fdopen(read) as orders:

@@ -52,11 +52,12 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         with folder.alone():
             folder._require_free(overwrite)
-            for old in ("checkpoints", "adapter", "replies", "trackers", "clients"):
-                shutil.rmtree(path / old, ignore_errors=True)
-            for name in (METRICS, RUN, CONFIG, "best.json"):
-                (path / name).unlink(missing_ok=True)
-            (path / "checkpoints").mkdir()
+            if (path / CONFIG).exists():  # else what is there is not a run's, and not ours to take away
+                for old in ("checkpoints", "adapter", "replies", "trackers", "clients"):
+                    shutil.rmtree(path / old, ignore_errors=True)
+                for name in (METRICS, RUN, CONFIG, "best.json"):
+                    (path / name).unlink(missing_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
             folder.write_json(RUN, facts)
             folder.write_config(config)
         return folder

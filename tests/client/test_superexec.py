@@ -84,6 +84,53 @@ def test_where_no_process_can_be_made_the_next_try_waits(monkeypatch, caplog):
     assert "a process for a message cannot be made now" in caplog.text
 
 
+WAITING = """
+import ctypes, os
+from corolla.client import superexec
+dumpable = lambda: ctypes.CDLL(None).prctl(3)
+superexec.fork_for_each = lambda orders, run: print("waiting", dumpable())
+superexec._wait_and_fork(os.pipe()[0])
+import flwr.supernode.runtime.run_clientapp as flower
+flower.run_clientapp = lambda **arguments: print("running", dumpable(), arguments["token"])
+superexec.run_client_app({"runtime_api_address": "n:1", "token": "secret", "insecure": True, "parent_pid": 1,
+    "root_certificates_path": None, "runtime_dependency_install": False, "suppress_output": False})
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such setting")
+def test_the_waiting_process_cannot_be_read_and_a_messages_can_as_flowers():
+    done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["waiting 0", "running 1 secret"], done.stderr
+
+
+EXECUTORS = """
+import importlib
+cli = importlib.import_module("flwr.supercore.cli.flower_superexec")
+from flwr.supercore.constant import ExecutorType
+from flwr.supercore.superexec import run_superexec
+from corolla.client import superexec
+
+def shown():
+    print(type(run_superexec.get_executor(ExecutorType.SUBPROCESS)).__name__)
+    try:
+        run_superexec.get_executor(ExecutorType.KUBERNETES)
+    except ValueError as error:
+        print(error)
+
+cli.flower_superexec = shown
+superexec.main()
+"""
+
+
+@pytest.mark.process
+def test_superexec_forks_where_it_is_to_start_processes_and_only_there():
+    done = subprocess.run([sys.executable, "-c", EXECUTORS], capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert said[0] == "ForkingExecutor", done.stderr
+    assert "Kubernetes executor requires" in said[1]
+
+
 @pytest.mark.process
 def test_every_message_has_a_process_and_none_takes_others_with_it():
     lines = "".join(json.dumps(order) + "\n" for order in ("first", "raise", "exit", "second"))

@@ -148,6 +148,16 @@ def test_a_run_does_not_begin_in_a_folder_where_another_is_at_work(tmp_path, mon
     assert run_server(None, config, folder) == folder.path
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_a_runs_is_not_taken_away(overwrite, tmp_path):
+    for name in ("clients", "adapter", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.jsonl").write_text("kept")
+    prepare_folder(Config.load(None, [f"run.out={tmp_path}"]), overwrite=overwrite)
+    assert {path.read_text() for path in tmp_path.glob("*/mine.jsonl")} == {"kept"}
+    assert len([*tmp_path.glob("*/mine.jsonl")]) == 3
+
+
 def test_a_run_at_work_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (0.2,))
     config = Config.load(None, [f"run.out={tmp_path / 'run'}"])
