@@ -25,6 +25,15 @@ from tests.aggregation.federations import random_delta
 sizes = st.integers(1, 30)
 
 
+def test_one_alone_is_not_copied_and_comes_contiguous():
+    delta = random_delta(6, 5, 3, 0)
+    alone = add([delta])
+    assert (alone.A.data_ptr(), alone.B.data_ptr()) == (delta.A.data_ptr(), delta.B.data_ptr())
+    cut = add([delta.first(2)])  # whose B is a view of every other number
+    assert cut.B.is_contiguous()
+    assert torch.equal(cut.dense(), delta.first(2).dense())
+
+
 @settings(max_examples=80, deadline=None)
 @given(sizes, sizes, st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**20))
 def test_compress_is_the_best_approximation_and_knows_its_error(out, inn, rank, keep, seed):

@@ -205,6 +205,16 @@ def test_requests_wait_for_each_other(socket, answers):
         server.stop(0).wait()
 
 
+def test_grpc_does_not_take_the_sockets_name_away(socket):
+    """It does so some time after it has stopped, when the next worker may have the name."""
+    server = worker.serve(socket)
+    assert [path.name for path in socket.parent.iterdir()] == [socket.name]
+    server.stop(0).wait()
+    del server
+    time.sleep(0.5)
+    assert socket.exists()
+
+
 def test_a_request_waits_for_what_comes_first(socket, answers):
     done = []
     server = worker.serve(socket, first=lambda: (time.sleep(0.3), done.append("first")))

@@ -82,6 +82,23 @@ def test_a_bad_reply_is_quarantined_with_its_reason_and_the_round_goes_on(fault)
     assert difference(dense(whole(strategy.model), SHAPES), dense(whole(good.model), SHAPES)) < 1e-6
 
 
+def test_replies_are_let_go_when_they_are_read():
+    grid, replies = fake_grid(RANKS, {"bob": lambda r: with_factor(r, "layer.q", nan)}), []
+    pull = grid.pull_messages
+
+    def pull_messages(ids):
+        found = pull(ids)
+        replies.extend(message for message in found if message.metadata.message_type == "train")
+        return found
+
+    grid.pull_messages = pull_messages
+    _, [(record, _, adapters)] = run(grid, rounds=1)
+    assert len(replies) == 4
+    assert not any(reply.content for reply in replies)
+    assert all(delta.dense().isfinite().all() for adapter in adapters.values() for delta in adapter.values())
+    assert record.quarantined.keys() == {"bob"}
+
+
 def test_flowers_own_start_is_given_any_grid():
     """Flower's grid goes through messages twice, and ours are made as they are asked for."""
     strategy, _ = run(fake_grid(RANKS), rounds=1)
